@@ -1,0 +1,14 @@
+"""The SENSE network. Importing this package registers it with the Auto classes of transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq
+
+from .configuration_sense import SenseConfig
+from .modeling_sense import SenseAdapter, SenseForConditionalGeneration, SenseModel, SensePreTrainedModel
+
+
+AutoConfig.register("sense", SenseConfig)
+AutoModel.register(SenseConfig, SenseModel)
+AutoModelForSpeechSeq2Seq.register(SenseConfig, SenseForConditionalGeneration)
+AutoModelForMultimodalLM.register(SenseConfig, SenseForConditionalGeneration)
+
+__all__ = ["SenseAdapter", "SenseConfig", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]

@@ -1,0 +1,85 @@
+"""Configuration of SENSE: a Whisper encoder, a pooling adapter and a Llama-like language model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+AUDIO_TOKEN_MODES = ("trim", "fixed")
+
+
+@strict
+class SenseConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SenseModel`] and [`SenseForConditionalGeneration`].
+
+    Args:
+        audio_config (`dict` or `WhisperConfig`, *optional*):
+            The speech encoder. Only the encoder half of Whisper is built. Defaults to whisper-small's sizes.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The language model, any decoder-only architecture that `AutoModel` knows. Defaults to TinyLlama's sizes.
+        audio_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder `<|audio|>`. Each occurrence in `input_ids` is replaced by one audio embedding.
+        num_audio_tokens (`int`, *optional*, defaults to 250):
+            Steps that a whole encoder window (1500 frames, 30 s) is pooled to. The paper's value is 250: 120 ms each.
+        audio_tokens (`str`, *optional*, defaults to `"trim"`):
+            `"trim"` keeps the steps that hold speech (our choice), `"fixed"` all of them (the paper's).
+        lora (`dict`, *optional*):
+            Arguments of `peft.LoraConfig` for the language model, or None. Set by `add_lora`.
+        backbones (`dict`, *optional*):
+            Where the frozen weights came from: `{"audio": {"id", "revision"}, "text": {"id", "revision"}}`.
+            Set by `from_backbones`.
+
+    Raises:
+        ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, or `num_audio_tokens` is not within
+            1 and the encoder's number of frames.
+    """
+
+    model_type = "sense"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="whisper",
+            init_kwargs={
+                "d_model": 768,
+                "encoder_layers": 12,
+                "encoder_attention_heads": 12,
+                "encoder_ffn_dim": 3072,
+                "num_mel_bins": 80,
+            },
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="llama",
+            init_kwargs={
+                "vocab_size": 32008,
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": 22,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+            },
+        ),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 32000
+    num_audio_tokens: int = 250
+    audio_tokens: str = "trim"
+    lora: dict | None = None
+    backbones: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # The composite ties what its language model ties.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.hidden_size = self.text_config.hidden_size
+        if self.audio_tokens not in AUDIO_TOKEN_MODES:
+            raise ValueError(f"audio_tokens must be one of {AUDIO_TOKEN_MODES}, found {self.audio_tokens!r}")
+        frames = self.audio_config.max_source_positions
+        if not 1 <= self.num_audio_tokens <= frames:
+            raise ValueError(f"num_audio_tokens must be within 1 and {frames}, found {self.num_audio_tokens}")
+
+
+__all__ = ["SenseConfig"]

@@ -1,0 +1,12 @@
+"""Everything between files on disk and tensors, both ways."""
+
+from transformers import AutoProcessor
+
+from modeling_sense.configuration_sense import SenseConfig
+
+from .processing_sense import SenseProcessor, load_audio
+
+
+AutoProcessor.register(SenseConfig, SenseProcessor, exist_ok=True)
+
+__all__ = ["SenseProcessor", "load_audio"]

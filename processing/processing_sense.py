@@ -1,0 +1,408 @@
+"""Speech and text -> model inputs, and back. Loads alone: it needs no other file of this package."""
+
+import io
+import urllib.request
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchFeature, WhisperFeatureExtractor
+from transformers.processing_utils import ProcessorMixin
+
+
+AUDIO_TOKEN = "<|audio|>"
+MAX_SECONDS = 30
+TRANSCRIBE = "Transcribe the speech."
+
+# Put before the LLM's own chat template: it turns list content into the plain strings that every template knows,
+# audio first, then the text parts, one a line.
+FLATTEN_CONTENT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message['content'] is string or message['content'] is not iterable -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- else -%}
+        {%- set parts = namespace(audio='', texts=[]) -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'audio' -%}
+                {%- set parts.audio = parts.audio + '<|audio|>' -%}
+            {%- elif part['type'] == 'text' -%}
+                {%- set parts.texts = parts.texts + [part['text']] -%}
+            {%- else -%}
+                {{- raise_exception('message content: type ' ~ part['type'] ~ ' is neither audio nor text') -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set lines = ([parts.audio] if parts.audio else []) + parts.texts -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=lines | join('\\n'))] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}
+"""
+# For LLMs that come without a chat template.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
+
+def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> np.ndarray:
+    """
+    Reads a clip of at most 30 s from whatever holds it, mixes its channels down and resamples it.
+
+    Args:
+        audio: a path, an http(s) address, a binary file object, the bytes of an audio file, an array or tensor of
+            shape `(samples,)`, `(samples, channels)` or `(channels, samples)` (the shorter axis is the channels), or
+            a dict with `array` and `sampling_rate`, or with `bytes` and/or `path`.
+        sampling_rate: rate of an array in Hz, `target` if not given. Files and dicts name their own.
+        target: rate to return, in Hz.
+
+    Returns:
+        float32 samples of shape `(samples,)`, at least one, at the target rate.
+
+    Raises:
+        ValueError: missing or unreadable file, no samples, NaN or infinite samples, more than 30 s, a rate or a type
+            that cannot be audio.
+    """
+    if isinstance(audio, dict):
+        audio, sampling_rate, name = _open_dict(audio, sampling_rate)
+    else:
+        name = str(audio) if isinstance(audio, (str, Path)) else f"audio ({type(audio).__name__})"
+    if isinstance(audio, (str, Path, bytes, bytearray)) or hasattr(audio, "read"):
+        samples, rate = _read_file(audio, name)
+    else:
+        samples, rate = _as_samples(audio, name), target if sampling_rate is None else sampling_rate
+    _check(samples, rate, name)
+    return _resample(samples, rate, target)
+
+
+def _open_dict(audio: dict, sampling_rate: int | None) -> tuple:
+    """The source in a dict in the manner of `datasets`, its rate, and its name for messages."""
+    if audio.get("array") is not None:
+        return audio["array"], audio.get("sampling_rate", sampling_rate), audio.get("path") or "audio (array)"
+    path, content = audio.get("path"), audio.get("bytes")
+    if path is None and content is None:
+        raise ValueError(f"audio dict with the keys {sorted(audio)}: give array and sampling_rate, bytes or path")
+    return (path if content is None else content), None, str(path or "audio (bytes)")
+
+
+def _read_file(source, name: str) -> tuple[np.ndarray, int]:
+    """Samples of shape (samples, channels) and the rate of a file; too long a file is refused before decoding."""
+    try:
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=60) as response:
+                source = response.read()
+        if isinstance(source, (str, Path)):
+            source = Path(source).expanduser()
+            if not source.is_file():
+                raise ValueError(f"{name}: no such audio file")
+        elif isinstance(source, (bytes, bytearray)):
+            source = io.BytesIO(source)
+        with soundfile.SoundFile(source) as file:
+            _check_length(file.frames, file.samplerate, name)
+            samples = file.read(dtype="float32", always_2d=True)
+            missing = file.frames - len(samples)
+    except (soundfile.SoundFileError, TypeError, OSError) as error:
+        raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
+    if missing > 0:
+        raise ValueError(f"{name}: corrupt, {missing} of its samples are missing; get the file again")
+    return samples, file.samplerate
+
+
+def _as_samples(audio, name: str) -> np.ndarray:
+    """An array, tensor or list of numbers as floats of shape (samples, channels)."""
+    samples = audio.detach().cpu().float().numpy() if _is_float_tensor(audio) else np.asarray(audio)
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"{name}: shape {samples.shape}; give (samples,), (samples, channels) or (channels, samples)")
+    if np.issubdtype(samples.dtype, np.signedinteger):  # PCM: full scale is 1.0
+        samples = samples / (np.iinfo(samples.dtype).max + 1.0)
+    elif not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"{name}: type {samples.dtype}; give floats or signed integers, a path, bytes or a file")
+    if samples.ndim == 1:
+        return samples[:, None]
+    return samples.T if samples.shape[0] < samples.shape[1] else samples
+
+
+def _is_float_tensor(audio) -> bool:
+    """Float tensors of any width (numpy has no bfloat16) on any device."""
+    return isinstance(audio, torch.Tensor) and audio.is_floating_point()
+
+
+def _check(samples: np.ndarray, rate: int, name: str) -> None:
+    """Raises ValueError for what is not a clip of speech."""
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
+    if samples.size == 0:
+        raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
+    _check_length(len(samples), rate, name)
+    bad = samples.size - int(np.isfinite(samples).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
+
+
+def _check_length(num_samples: int, rate: int, name: str) -> None:
+    if num_samples > MAX_SECONDS * rate:
+        raise ValueError(
+            f"{name}: {num_samples / rate:.2f} s of audio, the limit is {MAX_SECONDS} s; cut it into shorter clips"
+        )
+
+
+def _resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """(samples, channels) at `rate` -> (samples,) at `target`."""
+    mono = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32))
+    if rate != target:
+        # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is
+        # 441 / 160) and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
+        ratio = Fraction(int(rate), target).limit_denominator(640)
+        mono = torchaudio.functional.resample(mono, ratio.numerator, ratio.denominator)
+    return mono[: MAX_SECONDS * target].numpy()
+
+
+class SenseProcessor(ProcessorMixin):
+    """
+    Whisper's feature extractor and an LLM's tokenizer as one. A text holds one `<|audio|>` for each clip; the
+    processor repeats it once for each audio token that the model will put there.
+
+    The chat template writes all special tokens, so that none is added when a text is tokenized.
+
+    Args:
+        feature_extractor: a `WhisperFeatureExtractor`.
+        tokenizer: the LLM's, to which `<|audio|>` was added (`from_backbones` does that). It is made to pad left.
+        chat_template: Jinja template; by default the tokenizer's own, taught to read audio content.
+        num_audio_tokens: audio tokens of a clip of 30 s.
+        audio_tokens: `"trim"` keeps the audio tokens that hold speech, `"fixed"` all of them.
+        prompt: the instruction that the model was trained with, saved with it: another one costs accuracy.
+
+    Raises:
+        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens` or `audio_tokens` is out of range.
+    """
+
+    text_kwargs = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template: str | None = None,
+        num_audio_tokens: int = 250,
+        audio_tokens: str = "trim",
+        prompt: str = TRANSCRIBE,
+    ):
+        if AUDIO_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
+        self.max_frames = feature_extractor.nb_max_frames // 2  # the encoder's second convolution has stride 2
+        if not 1 <= num_audio_tokens <= self.max_frames:
+            raise ValueError(f"num_audio_tokens {num_audio_tokens}: give a number from 1 to {self.max_frames}")
+        if audio_tokens not in ("trim", "fixed"):
+            raise ValueError(f"audio_tokens {audio_tokens!r}: give 'trim' or 'fixed'")
+        self.num_audio_tokens = num_audio_tokens
+        self.audio_tokens = audio_tokens
+        self.prompt = prompt
+        self.audio_token = AUDIO_TOKEN
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or make_chat_template(tokenizer))
+
+    @classmethod
+    def from_backbones(
+        cls, audio: str, text: str, num_audio_tokens: int = 250, audio_tokens: str = "trim", prompt: str = TRANSCRIBE
+    ) -> "SenseProcessor":
+        """
+        A processor for a Whisper encoder and an LLM, each a Hub id or a folder.
+
+        Raises:
+            ValueError: `audio` has no Whisper feature extractor.
+        """
+        try:
+            feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"audio backbone {audio}: no feature extractor; give a Whisper model ({error})") from error
+        if not isinstance(feature_extractor, WhisperFeatureExtractor):
+            kind = type(feature_extractor).__name__
+            raise ValueError(f"audio backbone {audio}: it has a {kind}; give a Whisper model")
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+        tokens = {"num_audio_tokens": num_audio_tokens, "audio_tokens": audio_tokens}
+        return cls(feature_extractor, tokenizer, prompt=prompt, **tokens)
+
+    def num_tokens(self, num_samples: int) -> int:
+        """Audio tokens of a clip of `num_samples` samples at the feature extractor's rate."""
+        limit = self.feature_extractor.n_samples
+        if not 1 <= num_samples <= limit:
+            raise ValueError(f"{num_samples} samples: a clip has from 1 to {limit}")
+        return self._num_tokens_of_mel(-(-num_samples // self.feature_extractor.hop_length))
+
+    def _num_tokens_of_mel(self, mel_frames: int) -> int:
+        if self.audio_tokens == "fixed":
+            return self.num_audio_tokens
+        frames = (mel_frames - 1) // 2 + 1
+        return -(-frames * self.num_audio_tokens // self.max_frames)
+
+    def audio_features(self, clips: list[np.ndarray], **kwargs) -> BatchFeature:
+        """
+        Clips of shape `(samples,)` from `load_audio` -> `input_features` `(clips, mel bins, 3000)` and
+        `input_features_mask` `(clips, 3000)`, 1 where there is speech. Always padded to 30 s, as Whisper was trained.
+        """
+        whisper = {"padding": "max_length", "max_length": None, "truncation": False, "pad_to_multiple_of": None}
+        output = {"return_attention_mask": True, "return_tensors": "pt"}
+        rate = self.feature_extractor.sampling_rate
+        features = self.feature_extractor(clips, **{**kwargs, **whisper, **output, "sampling_rate": rate})
+        features["input_features_mask"] = features.pop("attention_mask")
+        return features
+
+    def __call__(self, audio=None, text=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            audio: one clip or a list of clips, each as `load_audio` takes it.
+            text: one text or a list; together they hold one `<|audio|>` for each clip, in the same order.
+            sampling_rate: rate of the clips that are arrays, in Hz; 16000 if not given.
+            kwargs: for the tokenizer, such as `max_length` and `truncation`.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape `(texts, length)`, left-padded, if there is text;
+            `input_features` `(clips, mel bins, 3000)` and `input_features_mask` `(clips, 3000)` if there is audio.
+
+        Raises:
+            ValueError: other than one placeholder for each clip; truncation that would cut audio tokens; what
+                `load_audio` refuses.
+        """
+        if kwargs.get("return_tensors", "pt") != "pt":
+            raise ValueError(f"return_tensors {kwargs['return_tensors']!r}: SenseProcessor returns 'pt' only")
+        clips = None
+        if audio is not None:
+            rate = self.feature_extractor.sampling_rate
+            clips = [load_audio(clip, sampling_rate, target=rate) for clip in as_clips(audio)]
+        return super().__call__(audio=clips, text=text, **kwargs)
+
+    def validate_inputs(self, audio=None, text=None, **kwargs) -> None:
+        """Adds to the base class a count of placeholders and clips that says what to do."""
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            placeholders = sum(t.count(AUDIO_TOKEN) for t in texts if isinstance(t, str))
+            clips = 0 if audio is None else len(audio)
+            if placeholders != clips:
+                raise ValueError(
+                    f"text has {placeholders} {AUDIO_TOKEN} and audio has {clips} clips; give one {AUDIO_TOKEN} per clip"
+                )
+        super().validate_inputs(audio=audio, text=text, **kwargs)
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs) -> tuple[BatchFeature, list[str]]:
+        features = self.audio_features(audio, **kwargs)
+        lengths = features["input_features_mask"].sum(-1).tolist()
+        return features, [AUDIO_TOKEN * self._num_tokens_of_mel(n) for n in lengths]
+
+    def expand_audio(self, text: str, num_tokens: list[int]) -> str:
+        """
+        Repeats the n-th `<|audio|>` of a text `num_tokens[n]` times.
+
+        Raises:
+            ValueError: the text holds more or fewer placeholders than there are numbers.
+        """
+        first, *rest = text.split(AUDIO_TOKEN)
+        if len(rest) != len(num_tokens):
+            raise ValueError(
+                f"text has {len(rest)} {AUDIO_TOKEN} and num_tokens has {len(num_tokens)} clips; "
+                f"give one {AUDIO_TOKEN} per clip"
+            )
+        return first + "".join(AUDIO_TOKEN * n + piece for n, piece in zip(num_tokens, rest))
+
+    def build_prompt(self, instruction: str) -> str:
+        """The chat prompt that puts one clip, then the instruction, to the LLM; with one `<|audio|>`, not expanded."""
+        content = [{"type": "audio"}, {"type": "text", "text": instruction}]
+        prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if prompt.count(AUDIO_TOKEN) != 1:
+            raise ValueError(
+                f"instruction {instruction!r}: its prompt has {prompt.count(AUDIO_TOKEN)} {AUDIO_TOKEN} in place of 1; "
+                "take it out of the instruction, or mend the chat template"
+            )
+        return prompt
+
+    def apply_transcription_request(
+        self, audios, prompt: str | None = None, sampling_rate: int | None = None
+    ) -> BatchFeature:
+        """
+        Model inputs (see `__call__`) that ask for the transcript of each clip, one clip or a list, in one batch;
+        by default with the prompt that the model was trained with.
+        """
+        clips = as_clips(audios)
+        return self(audio=clips, text=[self.build_prompt(prompt or self.prompt)] * len(clips), sampling_rate=sampling_rate)
+
+    def apply_chat_template(
+        self, conversation, chat_template: str | None = None, tokenize: bool = False, sampling_rate=None, **kwargs
+    ):
+        """
+        Renders one conversation or a list of them, as `ProcessorMixin.apply_chat_template` does.
+
+        Content may be a list of `{"type": "text", "text": ...}` and `{"type": "audio", ...}`, the latter with `path`,
+        `url`, `audio` or `array` (and its `sampling_rate`): anything that `load_audio` takes. In the prompt, audio
+        stands before the text of its message.
+
+        Returns:
+            The prompt as a string, or with `tokenize=True` its `input_ids`, or with `return_dict=True` too the model
+            inputs (see `__call__`).
+
+        Raises:
+            ValueError: audio content without audio, and what `load_audio` refuses.
+        """
+        if tokenize:
+            processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+            sampling_rate = processor_kwargs.pop("sampling_rate", sampling_rate)
+            kwargs["processor_kwargs"] = processor_kwargs
+            conversation = self._load_conversation(conversation, sampling_rate)
+        return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
+
+    def _load_conversation(self, conversation: list, sampling_rate: int | None) -> list:
+        """A copy of one conversation, or of a list of them, with every clip in it loaded and resampled."""
+        if conversation and not isinstance(conversation[0], dict):
+            return [self._load_conversation(each, sampling_rate) for each in conversation]
+        loaded = []
+        for message in conversation:
+            content = message.get("content")
+            if isinstance(content, (list, tuple)):
+                parts = [self._load_part(p, sampling_rate) if p.get("type") == "audio" else p for p in content]
+                message = {**message, "content": parts}
+            loaded.append(message)
+        return loaded
+
+    def _load_part(self, part: dict, sampling_rate: int | None) -> dict:
+        given = [key for key in ("audio", "path", "url", "array") if part.get(key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"audio content with the keys {sorted(part)}: give one of audio, path, url and array")
+        rate = part.get("sampling_rate", sampling_rate)
+        clip = load_audio(part[given[0]], rate, target=self.feature_extractor.sampling_rate)
+        return {"type": "audio", "audio": clip}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "input_features_mask"]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+
+def as_clips(audio) -> list:
+    """One clip or a list of clips -> a list of clips. A list of numbers is one clip."""
+    if not isinstance(audio, (list, tuple)):
+        return [audio]
+    if not audio:
+        raise ValueError("audio: an empty list; give at least one clip")
+    return [audio] if isinstance(audio[0], (int, float)) else list(audio)
+
+
+def make_chat_template(tokenizer) -> str:
+    """The tokenizer's chat template, or a plain one, taught to read audio content and to begin with its BOS."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    return _bos_prefix(tokenizer, template) + FLATTEN_CONTENT.rstrip("\n") + template
+
+
+def _bos_prefix(tokenizer, template: str) -> str:
+    """Jinja for the BOS token where the tokenizer would add it to a text and the template does not write it."""
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    if not adds_bos:
+        return ""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+    )
+    return "" if rendered.startswith(tokenizer.bos_token) else "{{- bos_token -}}"

@@ -1,0 +1,208 @@
+"""
+Closed-form warm start of the adapter: one ridge regression from the pooled audio to the word being spoken.
+
+Each audio token is paired with the input embedding of the LLM token that is spoken at its centre. Word times come from
+Whisper's own cross-attention (its alignment heads, teacher-forced with the transcript); where the checkpoint has no
+decoder, the words are spread evenly over the clip. Our own addition: the paper starts from a random adapter.
+"""
+
+import os
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
+from transformers.utils import logging
+
+from .processing_sense import SenseProcessor, load_audio
+
+
+logger = logging.get_logger(__name__)
+
+
+class RidgeRegression:
+    """Streaming ridge regression with a bias, by normal equations in float64."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+        self.y_sum, self.y_square, self.rows = torch.zeros(outputs, dtype=torch.float64), 0.0, 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor):
+        """`x` `(rows, inputs)`, `y` `(rows, outputs)`."""
+        x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+        y = y.double()
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.y_sum += y.sum(0)
+        self.y_square += float(y.square().sum())
+        self.rows += len(x)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Weight `(outputs, inputs)`, bias `(outputs,)` and R2 on the rows seen; `ridge` is per row."""
+        penalty = ridge * self.rows * torch.eye(len(self.xx), dtype=torch.float64)
+        penalty[-1, -1] = 0  # the bias is free
+        solution = torch.linalg.solve(self.xx + penalty, self.xy)
+        residual = self.y_square - 2 * (solution * self.xy).sum() + (solution * (self.xx @ solution)).sum()
+        total = self.y_square - (self.y_sum.square().sum() / self.rows)
+        return solution[:-1].T, solution[-1], float(1 - residual / total)
+
+
+@torch.inference_mode()
+def warm_start(
+    model,
+    processor: SenseProcessor,
+    dataset,
+    whisper: str | os.PathLike,
+    *,
+    gain: float = 1.5,
+    ridge: float = 1e-3,
+    max_clips: int | None = None,
+) -> dict:
+    """
+    Sets the adapter's linear layer from up to `max_clips` rows of `dataset` (all by default).
+
+    Args:
+        model: `SenseForConditionalGeneration`.
+        whisper: Hub id or folder of the checkpoint whose encoder the model uses.
+        gain: factor on the regression's output, whose length falls short of real embeddings.
+        ridge: penalty per row.
+
+    Returns:
+        `{"clips", "audio_tokens", "r2", "word_times"}`, the last "attention" or "even".
+    """
+    aligner = WordAligner.from_pretrained(whisper, model.device)
+    adapter, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
+    clips = min(len(dataset), max_clips or len(dataset))
+    for row in tqdm(dataset.select(range(clips)), desc="warm start", unit="clip"):
+        features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
+        frames = model.model.audio_tower(features["input_features"].to(model.model.audio_tower.dtype)).last_hidden_state
+        frame_mask = features["input_features_mask"][:, ::2]
+        pooled, mask = adapter.pool(frames, frame_mask)
+        tokens = spoken_tokens(
+            row["text"],
+            aligner.word_times(frames, row["text"], int(frame_mask.sum())),
+            num_tokens=int(mask.sum()),
+            frames_per_token=frames.shape[1] / adapter.num_audio_tokens,
+            tokenizer=processor.tokenizer,
+        )
+        if tokens is not None:
+            speech = pooled[mask][: len(tokens)].float()
+            regression.add(adapter.norm(speech).cpu(), embeddings[tokens.to(embeddings.device)].float().cpu())
+    weight, bias, r2 = regression.solve(ridge)
+    adapter.linear.weight.copy_(gain * weight)
+    adapter.linear.bias.copy_(gain * bias)
+    return {"clips": clips, "audio_tokens": regression.rows, "r2": r2, "word_times": aligner.kind}
+
+
+def spoken_tokens(
+    text: str, word_ends: list[int] | None, *, num_tokens: int, frames_per_token: float, tokenizer
+) -> torch.LongTensor | None:
+    """
+    The LLM token that is spoken at the centre of each audio token: `(num_tokens,)`, or None for an empty text.
+
+    A word of several tokens is spread evenly over its frames. `word_ends` holds each word's first frame after it, or
+    None: the words then share the clip evenly, by their letters.
+    """
+    words = text.split()
+    if not words:
+        return None
+    if word_ends is None:
+        letters = torch.tensor([len(word) + 1 for word in words]).cumsum(0)
+        word_ends = (letters / letters[-1] * num_tokens * frames_per_token).tolist()
+    ids = tokenizer([words[0], *(f" {word}" for word in words[1:])], add_special_tokens=False)["input_ids"]
+    centres = (torch.arange(num_tokens) + 0.5) * frames_per_token
+    which = torch.searchsorted(torch.tensor(word_ends, dtype=centres.dtype), centres, right=True)
+    spoken = []
+    for centre, index in zip(centres.tolist(), which.clamp(max=len(words) - 1).tolist()):
+        start = word_ends[index - 1] if index else 0.0
+        share = (centre - start) / max(word_ends[index] - start, 1e-6)
+        spoken.append(ids[index][min(int(share * len(ids[index])), len(ids[index]) - 1)])
+    return torch.tensor(spoken)
+
+
+class WordAligner:
+    """Word ends from the cross-attention of a Whisper checkpoint's decoder; None each where there is no decoder."""
+
+    def __init__(self, whisper: WhisperForConditionalGeneration | None, tokenizer=None):
+        self.whisper, self.tokenizer = whisper, tokenizer
+        self.kind = "even" if whisper is None else "attention"
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, device) -> "WordAligner":
+        """`source` is a Hub id or folder of a Whisper checkpoint, with its decoder or without."""
+        if AutoConfig.from_pretrained(source).architectures == ["WhisperEncoder"]:
+            logger.warning(f"{source} has no decoder: the words' times are spread evenly over each clip")
+            return cls(None)
+        # Eager attention is the one that returns its weights.
+        whisper = WhisperForConditionalGeneration.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager"
+        )
+        if not getattr(whisper.generation_config, "alignment_heads", None):
+            logger.warning(f"{source} names no alignment heads: the words' times are spread evenly over each clip")
+            return cls(None)
+        return cls(whisper.to(device).eval(), AutoTokenizer.from_pretrained(source))
+
+    def word_times(self, frames: torch.Tensor, text: str, num_frames: int) -> list[int] | None:
+        """
+        Each word's first frame after it (20 ms a frame) in encoder output `frames` `(1, 1500, d_model)`, of which
+        the first `num_frames` hold speech.
+        """
+        words = text.split()
+        if self.whisper is None or not words:
+            return None
+        pieces = self.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+        tokens = [token for piece in pieces for token in piece]
+        start = self._start_tokens()
+        if len(start) + len(tokens) + 1 > self.whisper.config.max_target_positions or len(tokens) > num_frames:
+            return None
+        attention = self._attention(frames, start, tokens)[:, :num_frames]
+        token_ends = monotonic_alignment(attention)
+        lasts = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
+        return [token_ends[last] for last in lasts.tolist()]
+
+    def _start_tokens(self) -> list[int]:
+        ids = self.tokenizer.convert_tokens_to_ids
+        settings = self.whisper.generation_config
+        task = ["<|en|>", "<|transcribe|>"] if getattr(settings, "is_multilingual", False) else []
+        return ids(["<|startoftranscript|>", *task, "<|notimestamps|>"])
+
+    def _attention(self, frames: torch.Tensor, start: list[int], tokens: list[int]) -> torch.Tensor:
+        """Attention `(tokens, frames)` of the token to be said next, averaged over the alignment heads."""
+        ids = torch.tensor([start + tokens], device=frames.device)
+        outputs = self.whisper.model.decoder(
+            input_ids=ids, encoder_hidden_states=frames.float(), output_attentions=True, use_cache=False
+        )
+        heads = [outputs.cross_attentions[layer][0, head] for layer, head in self.whisper.generation_config.alignment_heads]
+        attention = torch.stack(heads)[:, len(start) - 1 : -1].float()  # the row that predicts a token looks at it
+        attention = (attention - attention.mean(1, keepdim=True)) / (attention.std(1, keepdim=True) + 1e-6)
+        return attention.mean(0).cpu()
+
+
+def monotonic_alignment(scores: torch.Tensor) -> list[int]:
+    """
+    The best monotonic path through `scores` `(tokens, frames)`: each frame belongs to one token, each token has at
+    least one frame (dynamic programming over frames).
+
+    Returns:
+        each token's first frame after it.
+    """
+    tokens, frames = scores.shape
+    best = torch.full((frames, tokens), -torch.inf)
+    moved = torch.zeros(frames, tokens, dtype=torch.bool)
+    best[0, 0] = scores[0, 0]
+    for frame in range(1, frames):
+        previous = best[frame - 1]
+        arrived = torch.cat([previous.new_full((1,), -torch.inf), previous[:-1]])
+        moved[frame] = arrived > previous
+        best[frame] = torch.maximum(arrived, previous) + scores[:, frame]
+    ends, token = [0] * tokens, tokens - 1
+    ends[token] = frames
+    for frame in range(frames - 1, 0, -1):
+        if moved[frame, token]:
+            token -= 1
+            ends[token] = frame
+    return ends
+
+
+__all__ = ["RidgeRegression", "WordAligner", "monotonic_alignment", "spoken_tokens", "warm_start"]
