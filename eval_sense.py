@@ -20,7 +20,13 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration, set_seed
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import processing  # noqa: F401  registers the processor
@@ -30,10 +36,12 @@ from scripts.get_backbones import resolve_backbone
 
 
 NORMALIZE = EnglishTextNormalizer()
-TOKENS_PER_SECOND = 10  # twice what fast speech needs: a bound on answers that do not end by themselves
+TOKENS_PER_SECOND = 7  # more than fast speech needs: a bound on answers that do not end by themselves
 
 
-def transcribe(model, processor, dataset, *, num_beams: int = 1, batch_size: int = 8, max_new_tokens: int | None = None):
+def transcribe(
+    model, processor, dataset, *, num_beams: int = 1, batch_size: int = 8, max_new_tokens: int | None = None
+):
     """
     The model's transcript of each row of `dataset`, in order. Under several processes each does its share of the rows
     and all get the whole list.

@@ -56,6 +56,7 @@ class SenseArguments:
     text_column: str = field(default="text", metadata={"help": "column of the transcript"})
     max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
+    wer_samples: int = field(default=None, metadata={"help": "rows, evenly spaced, for the WER; default: all"})
 
     encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
     speeds: list[float] = field(
@@ -81,8 +82,11 @@ class SenseTrainer(Trainer):
     (`eval_shuffled_loss`: the gap to `eval_true_loss` is what the model hears) and the WER (`eval_wer`).
     """
 
-    def __init__(self, *args, eval_collator: SenseCollator, adapter_learning_rate: float | None = None, **kwargs):
+    def __init__(
+        self, *args, eval_collator: SenseCollator, wer_rows, adapter_learning_rate: float | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        self.wer_rows = wer_rows
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
 
@@ -116,7 +120,7 @@ class SenseTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None or isinstance(eval_dataset, dict):  # the outermost call, not one of its parts
-            rows = (eval_dataset or self.eval_dataset)["true"]
+            rows = self.wer_rows
             model = self.accelerator.unwrap_model(self.model).eval()
             answers = transcribe(model, self.processing_class, rows, batch_size=self.args.per_device_eval_batch_size)
             scores = {f"{metric_key_prefix}_{k}": v for k, v in score(list(rows["text"]), answers).items()}
@@ -253,6 +257,7 @@ def main(argv: list[str] | None = None) -> dict:
         data_collator=SenseCollator(processor, args.prompt, train_cache, args.time_mask),
         eval_collator=SenseCollator(processor, args.prompt, dev_cache),
         processing_class=processor,
+        wer_rows=dev.select(range(0, len(dev), max(1, len(dev) // (args.wer_samples or len(dev))))),
         adapter_learning_rate=args.adapter_learning_rate,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -185,8 +185,10 @@ class SenseModel(SensePreTrainedModel):
             mask = input_ids == self.config.audio_token_id
         torch_compilable_check(
             mask.sum() == audio_features.shape[0],
-            lambda: f"Audio features and audio tokens do not match, tokens: {int(mask.sum())}, "
-            f"features: {audio_features.shape[0]}. Let SenseProcessor expand {AUDIO_TOKEN}.",
+            lambda: (
+                f"Audio features and audio tokens do not match, tokens: {int(mask.sum())}, "
+                f"features: {audio_features.shape[0]}. Let SenseProcessor expand {AUDIO_TOKEN}."
+            ),
         )
         return mask.unsqueeze(-1)
 
@@ -447,7 +449,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             model.set_attn_implementation(attn_implementation)
         return model.eval()
 
-    def add_lora(self, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.0, target_modules: str = LORA_TARGETS):
+    def add_lora(
+        self, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.0, target_modules: str = LORA_TARGETS
+    ):
         """
         Adds LoRA to the language model through peft; trainable from now on, beside the adapter.
 

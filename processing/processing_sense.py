@@ -50,9 +50,9 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     Reads a clip of at most 30 s from whatever holds it, mixes its channels down and resamples it.
 
     Args:
-        audio: a path, an http(s) address, a binary file object, the bytes of an audio file, an array or tensor of
-            shape `(samples,)`, `(samples, channels)` or `(channels, samples)` (the shorter axis is the channels), or
-            a dict with `array` and `sampling_rate`, or with `bytes` and/or `path`.
+        audio: a path, an http(s) or file address, a binary file object, the bytes of an audio file, an array or
+            tensor of shape `(samples,)`, `(samples, channels)` or `(channels, samples)` (the shorter axis is the
+            channels), or a dict with `array` and `sampling_rate`, or with `bytes` and/or `path`.
         sampling_rate: rate of an array in Hz, `target` if not given. Files and dicts name their own.
         target: rate to return, in Hz.
 
@@ -88,7 +88,7 @@ def _open_dict(audio: dict, sampling_rate: int | None) -> tuple:
 def _read_file(source, name: str) -> tuple[np.ndarray, int]:
     """Samples of shape (samples, channels) and the rate of a file; too long a file is refused before decoding."""
     try:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if isinstance(source, str) and source.startswith(("http://", "https://", "file://")):
             with urllib.request.urlopen(source, timeout=60) as response:
                 source = response.read()
         if isinstance(source, (str, Path)):
@@ -111,12 +111,12 @@ def _read_file(source, name: str) -> tuple[np.ndarray, int]:
 def _as_samples(audio, name: str) -> np.ndarray:
     """An array, tensor or list of numbers as floats of shape (samples, channels)."""
     samples = audio.detach().cpu().float().numpy() if _is_float_tensor(audio) else np.asarray(audio)
-    if samples.ndim not in (1, 2):
-        raise ValueError(f"{name}: shape {samples.shape}; give (samples,), (samples, channels) or (channels, samples)")
     if np.issubdtype(samples.dtype, np.signedinteger):  # PCM: full scale is 1.0
         samples = samples / (np.iinfo(samples.dtype).max + 1.0)
     elif not np.issubdtype(samples.dtype, np.floating):
         raise ValueError(f"{name}: type {samples.dtype}; give floats or signed integers, a path, bytes or a file")
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"{name}: shape {samples.shape}; give (samples,), (samples, channels) or (channels, samples)")
     if samples.ndim == 1:
         return samples[:, None]
     return samples.T if samples.shape[0] < samples.shape[1] else samples
@@ -217,7 +217,9 @@ class SenseProcessor(ProcessorMixin):
         try:
             feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
         except (OSError, ValueError) as error:
-            raise ValueError(f"audio backbone {audio}: no feature extractor; give a Whisper model ({error})") from error
+            raise ValueError(
+                f"audio backbone {audio}: no feature extractor; give a Whisper model ({error})"
+            ) from error
         if not isinstance(feature_extractor, WhisperFeatureExtractor):
             kind = type(feature_extractor).__name__
             raise ValueError(f"audio backbone {audio}: it has a {kind}; give a Whisper model")
@@ -283,7 +285,8 @@ class SenseProcessor(ProcessorMixin):
             clips = 0 if audio is None else len(audio)
             if placeholders != clips:
                 raise ValueError(
-                    f"text has {placeholders} {AUDIO_TOKEN} and audio has {clips} clips; give one {AUDIO_TOKEN} per clip"
+                    f"text has {placeholders} {AUDIO_TOKEN} and audio has {clips} clips; "
+                    f"give one {AUDIO_TOKEN} per clip"
                 )
         super().validate_inputs(audio=audio, text=text, **kwargs)
 
@@ -311,9 +314,10 @@ class SenseProcessor(ProcessorMixin):
         """The chat prompt that puts one clip, then the instruction, to the LLM; with one `<|audio|>`, not expanded."""
         content = [{"type": "audio"}, {"type": "text", "text": instruction}]
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        if prompt.count(AUDIO_TOKEN) != 1:
+        found = prompt.count(AUDIO_TOKEN)
+        if found != 1:
             raise ValueError(
-                f"instruction {instruction!r}: its prompt has {prompt.count(AUDIO_TOKEN)} {AUDIO_TOKEN} in place of 1; "
+                f"instruction {instruction!r}: its prompt has {found} {AUDIO_TOKEN} in place of 1; "
                 "take it out of the instruction, or mend the chat template"
             )
         return prompt
@@ -326,7 +330,9 @@ class SenseProcessor(ProcessorMixin):
         by default with the prompt that the model was trained with.
         """
         clips = as_clips(audios)
-        return self(audio=clips, text=[self.build_prompt(prompt or self.prompt)] * len(clips), sampling_rate=sampling_rate)
+        return self(
+            audio=clips, text=[self.build_prompt(prompt or self.prompt)] * len(clips), sampling_rate=sampling_rate
+        )
 
     def apply_chat_template(
         self, conversation, chat_template: str | None = None, tokenize: bool = False, sampling_rate=None, **kwargs

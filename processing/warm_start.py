@@ -76,7 +76,9 @@ def warm_start(
     clips = min(len(dataset), max_clips or len(dataset))
     for row in tqdm(dataset.select(range(clips)), desc="warm start", unit="clip"):
         features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
-        frames = model.model.audio_tower(features["input_features"].to(model.model.audio_tower.dtype)).last_hidden_state
+        frames = model.model.audio_tower(
+            features["input_features"].to(model.model.audio_tower.dtype)
+        ).last_hidden_state
         frame_mask = features["input_features_mask"][:, ::2]
         pooled, mask = adapter.pool(frames, frame_mask)
         tokens = spoken_tokens(
@@ -173,7 +175,9 @@ class WordAligner:
         outputs = self.whisper.model.decoder(
             input_ids=ids, encoder_hidden_states=frames.float(), output_attentions=True, use_cache=False
         )
-        heads = [outputs.cross_attentions[layer][0, head] for layer, head in self.whisper.generation_config.alignment_heads]
+        heads = [
+            outputs.cross_attentions[layer][0, head] for layer, head in self.whisper.generation_config.alignment_heads
+        ]
         attention = torch.stack(heads)[:, len(start) - 1 : -1].float()  # the row that predicts a token looks at it
         attention = (attention - attention.mean(1, keepdim=True)) / (attention.std(1, keepdim=True) + 1e-6)
         return attention.mean(0).cpu()

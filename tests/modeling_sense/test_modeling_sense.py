@@ -364,7 +364,9 @@ def test_loaded_model_is_frozen_and_complete(sense, tmp_path):
     assert isinstance(AutoModel.from_pretrained(tmp_path), SenseModel)
     assert isinstance(AutoModelForMultimodalLM.from_pretrained(tmp_path), SenseForConditionalGeneration)
     theirs, mine = AutoConfig.from_pretrained(tmp_path).to_dict(), model.config.to_dict()
-    assert {k: v for k, v in theirs.items() if k != "_name_or_path"} == {k: v for k, v in mine.items() if k != "_name_or_path"}
+    assert {k: v for k, v in theirs.items() if k != "_name_or_path"} == {
+        k: v for k, v in mine.items() if k != "_name_or_path"
+    }
 
 
 def test_missing_weights_are_initialised(sense, tmp_path):
@@ -412,7 +414,9 @@ def test_adapter_files_are_read_strictly(sense, tiny_whisper, tiny_llama, tmp_pa
     state = load_file(tmp_path / "adapter_model.safetensors")
     state["extra"] = state.pop("model.multi_modal_projector.linear.bias")
     save_file(state, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"missing \['model.multi_modal_projector.linear.bias'\], unexpected \['extra'\]"):
+    with pytest.raises(
+        ValueError, match=r"missing \['model.multi_modal_projector.linear.bias'\], unexpected \['extra'\]"
+    ):
         model.load_adapter(tmp_path)
     with pytest.raises(ValueError, match="is no adapter folder"):
         model.load_adapter(tmp_path / "nowhere")

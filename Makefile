@@ -1,0 +1,32 @@
+# make quickstart   train, score and ask a small speech LLM, from nothing
+# make test         lint and all tests
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := data/quickstart
+OUT := outputs/quickstart
+# Two processes of torch on few cores must not spin for each other.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test lint backbones
+
+$(VENV)/installed: setup.py pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+backbones: $(VENV)/installed
+	$(BIN)/python scripts/get_backbones.py whisper-tiny.en SmolLM2-135M-Instruct
+
+quickstart: backbones
+	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 2000 --dev 60 --test 100
+	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/quickstart.yaml --dataset_dir $(DATA) --output_dir $(OUT)
+	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
+
+test: lint backbones
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

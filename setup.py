@@ -1,0 +1,44 @@
+"""Package metadata and dependency ranges; ruff and pytest settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+setup(
+    name="sense-asr",
+    version="0.1.0",
+    description="Speech-language models from a frozen Whisper encoder and a small LLM, native to transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"]),
+    py_modules=["train_sense", "eval_sense"],
+    install_requires=[
+        # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
+        # with torch 2.11 to 2.14, not with a CPU-only build.
+        "torch>=2.11,<2.15",
+        "torchaudio>=2.11,<2.12",
+        "transformers>=5.23,<6",
+        "accelerate>=1.14,<2",
+        "peft>=0.21,<1",
+        "datasets>=5.0,<6",
+        "evaluate>=0.4.6,<0.5",
+        "safetensors>=0.6,<1",
+        "huggingface-hub>=2.0,<3",
+        "soundfile>=0.13,<1",
+        "jiwer>=4.0,<5",
+        "whisper-normalizer>=0.1.12,<0.2",
+        "espeakng-loader>=0.2.4,<0.3",  # speaks the quickstart's corpus
+        "gguf>=0.17,<1",  # backbones without the Hub
+        "filelock>=3.16",
+        "numpy>=2.0,<3",
+        "pyyaml>=6.0,<7",
+        "rich>=14,<16",
+        "matplotlib>=3.9,<4",
+        "tensorboard>=2.18,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.13,<1"]},
+)

@@ -1,0 +1,280 @@
+"""Corpora of every kind into one schema; what is wrong with a corpus is named."""
+
+import json
+import sys
+
+import datasets
+import fsspec
+import numpy as np
+import pytest
+import soundfile
+
+from processing import load_audio
+from processing.datasets import SCHEMA, load_corpus
+from tests.conftest import tone
+
+
+ROWS = [
+    {
+        "file_name": "a.flac",
+        "text": "Ann left.",
+        "duration": 0.5,
+        "sentiment": "Neutral",
+        "language": "en",
+        "entities": [["PERSON", 0, 3]],
+    },
+    {"file_name": "clips/b.wav", "text": "Good.", "id": "second", "sentiment": "Positive"},
+]
+
+
+def write_split(folder, rows, audio=True):
+    """A folder with metadata.jsonl and the clips that it names, the n-th of (n + 1) / 2 seconds."""
+    folder.mkdir(parents=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for i, row in enumerate(rows if audio else []):
+        file = folder / row["file_name"]
+        file.parent.mkdir(exist_ok=True)
+        soundfile.write(file, tone((i + 1) / 2, seed=i), 16000)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_split(tmp_path / "corpus" / "train", ROWS)
+    write_split(tmp_path / "corpus" / "test", ROWS[:1])
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def without_torchcodec(monkeypatch):
+    """`datasets` as it is where torchcodec is not installed."""
+    monkeypatch.setattr(datasets.config, "TORCHCODEC_AVAILABLE", False)
+    for name in ("torchcodec.decoders", "torchcodec.encoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+# --- metadata.jsonl
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder(corpus, streaming, without_torchcodec):
+    loaded = load_corpus(corpus, "train", streaming=streaming)
+    assert isinstance(loaded, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert loaded.features == SCHEMA
+    first, second = loaded
+    assert first == {
+        "id": "a",
+        "audio": {"bytes": None, "path": str(corpus / "train" / "a.flac")},
+        "text": "Ann left.",
+        "entities": [["PERSON", 0, 3]],
+        "sentiment": "Neutral",
+        "language": "en",
+        "duration": 0.5,
+    }
+    assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", [], None, None)
+    assert [len(load_audio(row["audio"])) for row in (first, second)] == [8000, 16000]
+
+
+def test_folder_of_one_split(tmp_path):
+    write_split(tmp_path / "one", ROWS)
+    assert load_corpus(str(tmp_path / "one"), "train")["id"] == ["a", "second"]
+    with pytest.raises(ValueError, match="no split 'test'; it has 'train'"):
+        load_corpus(tmp_path / "one", "test")
+
+
+def test_split_that_is_not_there(corpus):
+    with pytest.raises(ValueError, match="corpus: no split 'dev'; it has 'test', 'train'"):
+        load_corpus(corpus, "dev")
+
+
+def test_columns_that_are_not_there(corpus):
+    with pytest.raises(ValueError, match="no text column 'transcript'; it has 'file_name', 'text', 'duration'"):
+        load_corpus(corpus, "train", text_column="transcript")
+    with pytest.raises(ValueError, match="no audio column 'sound'; it has 'file_name', 'text'"):
+        load_corpus(corpus, "train", audio_column="sound")
+
+
+def test_other_columns(tmp_path):
+    rows = [{"file_name": "x.wav", "said": "Yes."}]
+    write_split(tmp_path / "c" / "train", rows)
+    lines = [{"clip": row["file_name"], "said": row["said"]} for row in rows]
+    (tmp_path / "c" / "train" / "metadata.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8-sig")
+    loaded = load_corpus(tmp_path / "c", "train", audio_column="clip", text_column="said")
+    assert (loaded[0]["id"], loaded[0]["text"], len(load_audio(loaded[0]["audio"]))) == ("x", "Yes.", 8000)
+
+
+def test_missing_files_are_counted(tmp_path):
+    rows = [{"file_name": f"{i}.wav", "text": "x"} for i in range(5)]
+    write_split(tmp_path / "c" / "train", rows, audio=False)
+    with pytest.raises(ValueError, match=r"5 of 5 audio files are missing: .*0.wav, .*1.wav, .*2.wav, \.\.\."):
+        load_corpus(tmp_path / "c", "train")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "metadata.jsonl: it is empty"),
+        ('{"file_name": "a.wav", "text": "x"}\n{"file_name": ', "metadata.jsonl, line 2: not JSON"),
+        ('["a.wav", "x"]', "line 1: a list; give an object"),
+        ('{"file_name": "a.wav", "text": "x"}\n{"file_name": "b.wav"}', "row 2: text is None"),
+        ('{"file_name": "a.wav", "text": 7}', "row 1: text is 7; give the transcript as a string"),
+        ('{"file_name": null, "text": "x"}', "row 1: file_name is None"),
+    ],
+)
+def test_bad_metadata(tmp_path, content, message):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(tmp_path, "train")
+
+
+def test_entities_go_with_their_text(tmp_path):
+    slue = {
+        "file_name": "a.wav",
+        "text": "MISTER SMITH CAME",
+        "normalized_text": "mister smith came",
+        "normalized_ner": [["PERSON", 7, 5], ["DATE", 0, 6]],
+        "normalized_combined_ner": [["PERSON", 7, 5]],
+    }
+    write_split(tmp_path / "c" / "train", [slue])
+    by_text = {
+        column: load_corpus(tmp_path / "c", "train", text_column=column) for column in ("text", "normalized_text")
+    }
+    assert by_text["normalized_text"][0]["entities"] == [["PERSON", 7, 5]]
+    assert by_text["text"][0]["entities"] == []
+
+
+def test_large_folder_is_fast_and_mixed_rows_fit(tmp_path):
+    rows = [{"file_name": "a.wav", "text": str(i), "entities": [["A", 0, 1]] * (i % 3)} for i in range(2000)]
+    write_split(tmp_path / "c" / "train", rows[:1])
+    (tmp_path / "c" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loaded = load_corpus(tmp_path / "c", "train")
+    assert [len(entities) for entities in loaded["entities"][:4]] == [0, 1, 2, 0] and len(loaded) == 2000
+
+
+# --- LibriSpeech
+
+
+@pytest.fixture
+def librispeech(tmp_path):
+    for split, speaker in (("dev-clean", "84"), ("test-clean", "1089")):
+        chapter = tmp_path / "LibriSpeech" / split / speaker / "12"
+        chapter.mkdir(parents=True)
+        names = [f"{speaker}-12-{i:04d}" for i in range(2)]
+        (chapter / f"{speaker}-12.trans.txt").write_text("".join(f"{name} HE SPOKE\n" for name in names))
+        for name in names:
+            soundfile.write(chapter / f"{name}.flac", tone(0.3), 16000)
+    (tmp_path / "LibriSpeech" / "README.TXT").write_text("about")
+    return tmp_path / "LibriSpeech"
+
+
+def test_librispeech(librispeech, without_torchcodec):
+    loaded = load_corpus(librispeech, "dev-clean")
+    assert loaded.features == SCHEMA and loaded["id"] == ["84-12-0000", "84-12-0001"]
+    assert set(loaded["text"]) == {"HE SPOKE"} and len(load_audio(loaded[1]["audio"])) == 4800
+
+
+def test_librispeech_bad_requests(librispeech):
+    with pytest.raises(ValueError, match="no split 'train'; it has 'dev-clean', 'test-clean'"):
+        load_corpus(librispeech, "train")
+    with pytest.raises(ValueError, match="no text column 'normalized_text'; it has 'audio', 'text'"):
+        load_corpus(librispeech, "dev-clean", text_column="normalized_text")
+    next(librispeech.glob("dev-clean/*/*/*0001.flac")).unlink()
+    with pytest.raises(ValueError, match="1 of 2 audio files are missing: .*84-12-0001.flac"):
+        load_corpus(librispeech, "dev-clean")
+
+
+# --- whatever `datasets` loads
+
+
+@pytest.fixture
+def hub_like(tmp_path, monkeypatch):
+    """A folder of Parquet files that hold the audio, as most data sets on the Hub do, with SLUE's columns."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, tone(0.5, rate=8000), 8000)
+    tags = [{"type": "PERSON", "start": 0, "length": 3}]
+    features = {
+        "sound": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        "normalized_text": datasets.Value("string"),
+        "normalized_ner": datasets.List(
+            {k: datasets.Value(v) for k, v in [("type", "string"), ("start", "int32"), ("length", "int32")]}
+        ),
+    }
+    rows = [
+        {"sound": {"bytes": clip.read_bytes(), "path": "one.wav"}, "normalized_text": "ann", "normalized_ner": tags},
+        {"sound": {"bytes": clip.read_bytes(), "path": None}, "normalized_text": "", "normalized_ner": []},
+    ]
+    source = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    source = source.cast_column("sound", datasets.Audio(decode=False))
+    (tmp_path / "parquet").mkdir()
+    source.to_parquet(tmp_path / "parquet" / "test.parquet")
+    return tmp_path / "parquet", source
+
+
+COLUMNS = {"audio_column": "sound", "text_column": "normalized_text"}
+
+
+def check_hub_rows(rows):
+    assert [row["id"] for row in rows] == ["one", "test-1"]
+    assert [row["entities"] for row in rows] == [[["PERSON", 0, 3]], []]
+    assert [list(row) for row in rows] == [list(SCHEMA)] * 2
+    assert [len(load_audio(row["audio"])) for row in rows] == [8000, 8000]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet(hub_like, streaming):
+    loaded = load_corpus(hub_like[0], "test", streaming=streaming, **COLUMNS)
+    assert loaded.features == SCHEMA
+    check_hub_rows(list(loaded))
+
+
+def test_parquet_needs_no_torchcodec(hub_like, without_torchcodec):
+    check_hub_rows(list(load_corpus(hub_like[0], "test", **COLUMNS)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_to_disk(hub_like, tmp_path, streaming):
+    datasets.DatasetDict({"test": hub_like[1]}).save_to_disk(tmp_path / "saved")
+    check_hub_rows(list(load_corpus(tmp_path / "saved", "test", streaming=streaming, **COLUMNS)))
+    with pytest.raises(ValueError, match="saved: no split 'train'; it has 'test'"):
+        load_corpus(tmp_path / "saved", "train", streaming=streaming, **COLUMNS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_bad_requests(hub_like, streaming):
+    folder = hub_like[0]
+    with pytest.raises(ValueError, match="no text column 'text'; it has 'sound', 'normalized_text', 'normalized_ner'"):
+        load_corpus(folder, "test", audio_column="sound", streaming=streaming)
+    with pytest.raises(ValueError, match="no audio column 'audio'; it has 'sound'"):
+        load_corpus(folder, "test", text_column="normalized_text", streaming=streaming)
+    with pytest.raises(ValueError, match="dev.*'test'"):
+        load_corpus(folder, "dev", streaming=streaming, **COLUMNS)
+
+
+def test_remote_audio_is_fetched(hub_like, tmp_path):
+    content = (tmp_path / "clip.wav").read_bytes()
+    with fsspec.open("memory://clips/far.wav", "wb") as file:
+        file.write(content)
+    rows = [{"audio": {"bytes": None, "path": "memory://clips/far.wav"}, "text": "Far."}]
+    features = {"audio": {k: datasets.Value(v) for k, v in [("bytes", "binary"), ("path", "string")]}}
+    features["text"] = datasets.Value("string")
+    source = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    source = source.cast_column("audio", datasets.Audio(decode=False))
+    datasets.DatasetDict({"train": source}).save_to_disk(tmp_path / "far")
+    row = load_corpus(tmp_path / "far", "train")[0]
+    assert row["id"] == "far" and len(load_audio(row["audio"])) == 8000
+
+
+def test_folder_that_is_not_there(tmp_path):
+    for dataset in (tmp_path / "nowhere", "./nowhere"):
+        with pytest.raises(ValueError, match="nowhere: no such folder"):
+            load_corpus(dataset, "train")
+
+
+def test_audio_is_not_decoded_by_loading(corpus):
+    """A clip that cannot be decoded is found when it is used, by its path."""
+    broken = corpus / "train" / "a.flac"
+    broken.write_bytes(np.zeros(100, np.uint8).tobytes())
+    row = load_corpus(corpus, "train")[0]
+    with pytest.raises(ValueError, match="a.flac: not readable as audio"):
+        load_audio(row["audio"])
