@@ -130,7 +130,7 @@ def show_worst(table: list[dict], number: int):
     Console(width=None if os.isatty(1) else 140).print(view)
 
 
-def write_json(path: Path, content):
+def write_text(path: Path, content: str):
     """Writes to a temporary name first: a reader never sees half a file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(content)
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> dict:
 def report(folder: Path, metrics: dict, table: list[dict], show: int):
     """Writes metrics.json and utterances.jsonl; prints the worst utterances and the metrics."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
-    write_json(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     show_worst(table, show)
     for name, value in metrics.items():
         print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")

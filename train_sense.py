@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from eval_sense import answer_limit, score, shuffle_audio, transcribe, write_json  # noqa: F401
+from eval_sense import score, shuffle_audio, transcribe, write_text
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.encoder_cache import build_cache
+from processing.report import plot_training
 from processing.warm_start import warm_start
 from scripts.get_backbones import resolve_backbone
 
@@ -216,20 +218,22 @@ def add_lengths(dataset, cache, column: str):
 
 
 def start_adapter(args: SenseArguments, model, processor, train):
-    """The warm start, by one process; the others get the same numbers by computing them from the same rows."""
+    """The warm start, computed by one process and sent to the others."""
     if not args.warm_start:
         return
-    found = warm_start(
-        model,
-        processor,
-        train,
-        resolve_backbone(args.audio_backbone),
-        gain=args.warm_start_gain,
-        ridge=args.warm_start_ridge,
-        max_clips=args.warm_start_clips,
-    )
     if PartialState().is_main_process:
+        found = warm_start(
+            model,
+            processor,
+            train,
+            resolve_backbone(args.audio_backbone),
+            gain=args.warm_start_gain,
+            ridge=args.warm_start_ridge,
+            max_clips=args.warm_start_clips,
+        )
         print(f"warm start: {found}", flush=True)
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data = broadcast(parameter.data)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -265,10 +269,12 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"trained parameters: {trained:,}; clips: {len(train)}; resuming from: {checkpoint}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() | {"trained_parameters": trained, "train_clips": len(train)}
+    trainer.save_state()
     if trainer.is_world_process_zero():
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
-        write_json(Path(training.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        plot_training(trainer.state.log_history, Path(training.output_dir) / "training.png")
+        write_text(Path(training.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

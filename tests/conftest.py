@@ -1,7 +1,13 @@
 """Tiny backbones, made here without a network, and signals to feed them."""
 
+import io
+import json
+from pathlib import Path
+
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -14,6 +20,8 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
+
+from processing.datasets import SCHEMA, STORED_AUDIO
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -31,6 +39,40 @@ def tone(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
     time = np.arange(round(seconds * rate)) / rate
     pitch = 150 + 50 * (seed % 10)
     return (0.3 * np.sin(2 * np.pi * pitch * time) + 0.05 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def make_corpus(number: int) -> datasets.Dataset:
+    """Rows in the project's schema: tones of 0.5 to 1.5 s, with texts of two to four words."""
+    words = ["the", "user", "speaks", "and", "transcribe"]
+    rows = []
+    for i in range(number):
+        clip = tone(0.5 + 0.25 * (i % 5), seed=i)
+        text = " ".join(words[(i + k) % 5] for k in range(2 + i % 3))
+        rows.append({"id": f"clip-{i}", "audio": {"bytes": wav(clip), "path": None}, "text": text, "entities": []})
+        rows[-1] |= {"sentiment": None, "language": "en", "duration": len(clip) / 16000}
+    stored = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
+    return stored.cast_column("audio", SCHEMA["audio"])
+
+
+def wav(clip: np.ndarray, rate: int = 16000) -> bytes:
+    """The bytes of a WAV file."""
+    file = io.BytesIO()
+    soundfile.write(file, clip, rate, format="WAV")
+    return file.getvalue()
+
+
+def write_corpus(folder: Path, **splits: int) -> str:
+    """The same as an audiofolder, `splits` giving the number of rows of each."""
+    for split, number in splits.items():
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for row in make_corpus(number):
+            (folder / split / f"{row['id']}.wav").write_bytes(row["audio"]["bytes"])
+            lines.append(
+                json.dumps({"file_name": f"{row['id']}.wav", "text": row["text"], "duration": row["duration"]})
+            )
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

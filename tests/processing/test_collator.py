@@ -1,0 +1,96 @@
+"""Rows -> batches, from audio and from the encoder cache."""
+
+import pytest
+import torch
+
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor, load_audio
+from processing.augmentation import change_speed, mask_time
+from processing.collator import SenseCollator
+from processing.encoder_cache import EncoderCache, build_cache
+from tests.conftest import make_corpus, tone
+
+
+@pytest.fixture
+def sense(tiny_whisper, tiny_llama):
+    torch.manual_seed(0)
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
+    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama)
+
+
+@pytest.fixture
+def corpus():
+    dataset = make_corpus(6)
+    return dataset.add_column("cache_index", list(range(len(dataset))))
+
+
+def test_labels_stand_on_the_answer_and_its_end_alone(sense, corpus):
+    _, processor = sense
+    batch = SenseCollator(processor, "Transcribe the speech.")(list(corpus))
+    for row, ids, labels, mask in zip(corpus, batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        answer = labels[labels != -100]
+        assert answer[-1] == processor.tokenizer.eos_token_id
+        assert processor.decode(answer, skip_special_tokens=True) == row["text"]
+        assert torch.equal(ids[-len(answer) :], answer)
+        asked = processor.decode(ids[mask.bool()][: -len(answer)])
+        assert asked.endswith("Transcribe the speech.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_training_prompt_is_the_one_of_inference(sense, corpus):
+    _, processor = sense
+    row = corpus[0]
+    batch = SenseCollator(processor, processor.prompt)([row])
+    request = processor.apply_transcription_request([row["audio"]])
+    length = request["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][:, :length], request["input_ids"])
+    assert torch.equal(batch["input_features"], request["input_features"])
+
+
+def test_cache_gives_the_loss_of_the_audio(sense, corpus, tmp_path):
+    model, processor = sense
+    cache = build_cache(model, processor, corpus, tmp_path)
+    rows = list(corpus)
+    from_audio = model(**SenseCollator(processor, "Say it.")(rows)).loss
+    from_cache = model(**SenseCollator(processor, "Say it.", cache)(rows)).loss
+    torch.testing.assert_close(from_cache, from_audio, rtol=1e-3, atol=1e-3)  # the cache is fp16
+
+
+def test_cache_is_computed_once_and_never_read_for_other_clips_or_weights(sense, corpus, tmp_path):
+    model, processor = sense
+    calls = []
+    model.model.audio_tower.register_forward_hook(lambda *_: calls.append(1))
+    build_cache(model, processor, corpus, tmp_path)
+    first = len(calls)
+    build_cache(model, processor, corpus, tmp_path)
+    assert len(calls) == first > 0
+    build_cache(model, processor, corpus.select(range(5)), tmp_path)
+    assert len(calls) > first
+    model.model.audio_tower.conv1.bias.data += 1
+    build_cache(model, processor, corpus, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_cache_keeps_a_version_of_each_clip_per_speed(sense, corpus, tmp_path):
+    model, processor = sense
+    cache = build_cache(model, processor, corpus, tmp_path, speeds=(1.0, 0.8))
+    assert isinstance(cache, EncoderCache) and len(cache) == len(corpus) and cache.variants == 2
+    for i, row in enumerate(corpus):
+        clip = load_audio(row["audio"])
+        slower = change_speed(clip, 0.8)
+        assert len(slower) == pytest.approx(1.25 * len(clip), abs=2)
+        assert [len(cache.get(i, v)) for v in (0, 1)] == [processor.num_tokens(len(c)) for c in (clip, slower)]
+    with pytest.raises(ValueError, match="speeds must begin with 1.0"):
+        build_cache(model, processor, corpus, tmp_path, speeds=(0.9, 1.0))
+
+
+def test_faster_is_shorter():
+    assert len(change_speed(tone(1.0), 1.25)) == pytest.approx(16000 / 1.25, abs=2)
+    assert change_speed(tone(1.0), 1.0) is not None
+
+
+def test_mask_hides_about_the_share_asked_for_and_leaves_the_rest():
+    torch.manual_seed(0)
+    pooled = torch.randn(100, 8)
+    hidden = (mask_time(pooled, 0.2) != pooled).any(1).sum()
+    assert 10 <= hidden <= 24
+    assert torch.equal(mask_time(pooled, 0.0), pooled)

@@ -1,0 +1,110 @@
+"""The closed-form warm start: the regression, the alignment, and what they do to the adapter."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor, load_audio
+from processing.warm_start import RidgeRegression, WordAligner, monotonic_alignment, spoken_tokens, warm_start
+from tests.conftest import make_corpus, tone
+
+
+def test_ridge_regression_finds_the_line_in_pieces():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(500, 4), torch.randn(3, 4), torch.randn(3)
+    y = x @ weight.T + bias
+    regression = RidgeRegression(4, 3)
+    for part in range(0, 500, 100):
+        regression.add(x[part : part + 100], y[part : part + 100])
+    found_weight, found_bias, r2 = regression.solve(1e-9)
+    torch.testing.assert_close(found_weight.float(), weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found_bias.float(), bias, atol=1e-4, rtol=1e-4)
+    assert r2 == pytest.approx(1, abs=1e-6)
+
+
+def test_ridge_regression_of_noise_explains_nothing():
+    torch.manual_seed(0)
+    regression = RidgeRegression(2, 2)
+    regression.add(torch.randn(4000, 2), torch.randn(4000, 2) + 7)
+    weight, bias, r2 = regression.solve(1e-3)
+    assert abs(r2) < 0.01 and weight.abs().max() < 0.1
+    torch.testing.assert_close(bias, torch.full((2,), 7.0, dtype=bias.dtype), atol=0.1, rtol=0)
+
+
+def test_alignment_follows_the_bright_path():
+    ends = [3, 4, 9, 12]
+    scores = torch.zeros(4, 12)
+    for token, (start, end) in enumerate(zip([0, *ends], ends)):
+        scores[token, start:end] = 1
+    assert monotonic_alignment(scores) == ends
+
+
+def test_alignment_gives_every_token_a_frame_and_beats_every_other_path():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 6)
+    ends = monotonic_alignment(scores)
+
+    def total(first, second):
+        return scores[0, :first].sum() + scores[1, first:second].sum() + scores[2, second:].sum()
+
+    best = max(((a, b) for a in range(1, 5) for b in range(a + 1, 6)), key=lambda cut: total(*cut))
+    assert ends == [*best, 6]
+
+
+@pytest.fixture
+def tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_spoken_tokens_are_those_at_the_centres(tokenizer):
+    first = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    second = tokenizer(" cd", add_special_tokens=False)["input_ids"]
+    assert len(first) == 2
+    # Two words over 8 audio tokens of 6 frames: the first ends at frame 24, so it fills tokens 0-3.
+    found = spoken_tokens("ab cd", [24, 48], num_tokens=8, frames_per_token=6, tokenizer=tokenizer).tolist()
+    assert found[:4] == [first[0], first[0], first[1], first[1]]
+    assert set(found[4:]) <= set(second) and found[4] == second[0] and found[-1] == second[-1]
+
+
+def test_without_word_times_the_words_share_the_clip_evenly(tokenizer):
+    found = spoken_tokens("a b c d", None, num_tokens=8, frames_per_token=6, tokenizer=tokenizer).tolist()
+    assert found[0] == found[1]  # "a", one token over its two audio tokens
+    assert [tokenizer.decode(found[at : at + 2]) for at in (2, 4, 6)] == [" b", " c", " d"]
+    assert spoken_tokens("", None, num_tokens=8, frames_per_token=6, tokenizer=tokenizer) is None
+
+
+def test_encoder_only_checkpoint_spreads_words_evenly(tiny_whisper, tmp_path):
+    from transformers import WhisperModel
+
+    WhisperModel.from_pretrained(tiny_whisper).encoder.save_pretrained(tmp_path)
+    aligner = WordAligner.from_pretrained(tmp_path, "cpu")
+    assert aligner.kind == "even" and aligner.word_times(torch.randn(1, 1500, 32), "a word", 10) is None
+
+
+def start(tiny_whisper, tiny_llama, **kwargs):
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
+    processor = SenseProcessor.from_backbones(tiny_whisper, tiny_llama)
+    return model, processor, warm_start(model, processor, make_corpus(6), tiny_whisper, **kwargs)
+
+
+def test_warm_start_uses_every_audio_token_of_the_clips_asked_for(tiny_whisper, tiny_llama):
+    _, processor, found = start(tiny_whisper, tiny_llama, max_clips=4)
+    expected = sum(processor.num_tokens(len(load_audio(row["audio"]))) for row in make_corpus(6).select(range(4)))
+    assert found["audio_tokens"] == expected and found["clips"] == 4
+    assert found["word_times"] == "even" and 0 < found["r2"] <= 1
+
+
+def test_gain_scales_what_the_adapter_says(tiny_whisper, tiny_llama):
+    said = []
+    for gain in (1.0, 1.5):
+        model, processor, _ = start(tiny_whisper, tiny_llama, gain=gain)
+        features = processor.audio_features([tone(1.0)])
+        said.append(model.get_audio_features(**features).pooler_output)
+    torch.testing.assert_close(said[1], 1.5 * said[0], rtol=1e-4, atol=1e-5)
+
+
+def test_warm_start_lowers_the_distance_to_the_spoken_embeddings(tiny_whisper, tiny_llama):
+    """Against an adapter that says the mean embedding always (R2 = 0) and a random one."""
+    model, processor, found = start(tiny_whisper, tiny_llama, gain=1.0, ridge=1e-6)
+    assert found["r2"] > 0.02
