@@ -1,0 +1,94 @@
+"""On real backbones, whisper-tiny.en and SmolLM2-135M-Instruct, and on speech that one can follow."""
+
+import numpy as np
+import pytest
+import torch
+from jiwer import wer
+from transformers import AutoFeatureExtractor
+
+from eval_sense import NORMALIZE, transcribe, transcribe_whisper
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor
+from processing.collator import SenseCollator
+from processing.datasets import load_corpus
+from processing.processing_sense import load_audio
+from processing.synthesis import main as synthesize
+from processing.warm_start import WordAligner, warm_start
+from scripts.get_backbones import backbone_path
+
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    return str(backbone_path("whisper-tiny.en"))
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech") / "speech"
+    synthesize([str(folder), "--grammar", "quickstart", "--train", "40", "--dev", "8", "--test", "8"])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sense(whisper):
+    llm = str(backbone_path("SmolLM2-135M-Instruct"))
+    torch.manual_seed(0)
+    model = SenseForConditionalGeneration.from_backbones(whisper, llm, dtype=torch.bfloat16)
+    return model, SenseProcessor.from_backbones(whisper, llm)
+
+
+def test_sizes(sense):
+    model, processor = sense
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 384 + 384 * 576 + 576 == 222_528
+    assert model.config.audio_token_id == processor.audio_token_id == 49152
+    assert processor.build_prompt("Transcribe the speech.").endswith(
+        "<|im_start|>user\n<|audio|>\nTranscribe the speech.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_whispers_own_decoder_follows_the_speech(whisper, speech):
+    rows = load_corpus(speech, "test")
+    heard = transcribe_whisper(whisper, rows)
+    assert wer([NORMALIZE(t) for t in rows["text"]], [NORMALIZE(h) for h in heard]) < 0.5
+
+
+def test_word_times_find_the_pause(whisper, speech, sense):
+    """Two utterances a second apart: the last word of the first ends before the second begins."""
+    model, _ = sense
+    first, second = load_corpus(speech, "test").select(range(2))
+    clips = [load_audio(row["audio"]) for row in (first, second)]
+    joined = np.concatenate([clips[0], np.zeros(16000, np.float32), clips[1]])
+    features = AutoFeatureExtractor.from_pretrained(whisper)(joined, sampling_rate=16000, return_tensors="pt")
+    aligner = WordAligner.from_pretrained(whisper, "cpu")
+    frames = aligner.whisper.model.encoder(features["input_features"]).last_hidden_state
+    ends = aligner.word_times(frames, f"{first['text']} {second['text']}", len(joined) // 320)
+    assert aligner.kind == "attention" and ends == sorted(ends)
+    assert len(ends) == len(f"{first['text']} {second['text']}".split())
+    cut = ends[len(first["text"].split()) - 1] / 50  # 20 ms a frame
+    assert len(clips[0]) / 16000 - 0.4 < cut < len(clips[0]) / 16000 + 1.4
+
+
+def test_warm_start_hears_before_any_training(sense, speech, whisper):
+    """The loss with the true clips falls below the one with the clips shuffled, by regression alone."""
+    model, processor = sense
+    found = warm_start(model, processor, load_corpus(speech, "train"), whisper)
+    assert found["word_times"] == "attention" and found["r2"] > 0.1
+    rows = list(load_corpus(speech, "dev"))
+    collate = SenseCollator(processor, processor.prompt)
+    texts = [row["text"] for row in rows]
+    shuffled = [{**row, "text": text} for row, text in zip(rows, texts[1:] + texts[:1])]
+    with torch.no_grad():
+        true, false = (model(**collate(batch), skip_logits=True).loss for batch in (rows, shuffled))
+    assert true < false
+
+
+def test_batch_equals_singles_on_real_speech(sense, speech):
+    model, processor = sense
+    model.float()
+    rows = load_corpus(speech, "test")
+    together = transcribe(model, processor, rows, batch_size=8, max_new_tokens=12)
+    alone = transcribe(model, processor, rows, batch_size=1, max_new_tokens=12)
+    assert together == alone
