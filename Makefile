@@ -1,5 +1,7 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint and all tests
+# PYTHON must be 3.11 or newer.
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/quickstart
@@ -11,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: quickstart test lint backbones
 
 $(VENV)/installed: setup.py pyproject.toml
-	python3 -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
@@ -20,9 +22,10 @@ backbones: $(VENV)/installed
 	$(BIN)/python scripts/get_backbones.py whisper-tiny.en SmolLM2-135M-Instruct
 
 quickstart: backbones
-	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 2000 --dev 60 --test 100
+	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 1100 --dev 60 --test 100
 	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/quickstart.yaml --dataset_dir $(DATA) --output_dir $(OUT)
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
+	$(BIN)/python scripts/transcribe.py $(OUT) $(DATA)/test/test-00000.flac
 
 test: lint backbones
 	$(BIN)/python -m pytest

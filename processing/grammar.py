@@ -40,15 +40,16 @@ DAYS = words("monday tuesday wednesday thursday friday saturday sunday")
 ORDINALS = words("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth")
 
 FIRST_NAMES = words(
-    "anna peter maria john helen george clara thomas alice robert julia samuel emma arthur nora henry laura walter ruth"
-    " edward irene frank martha oliver sophie daniel rosa philip lucy victor diana leonard edith simon grace hugo ella"
-    " martin olga felix vera oscar june albert nina paul stella ralph iris jacob mabel lewis agnes gilbert flora basil"
+    "anna peter maria john helen george clara thomas alice robert julia samuel emma arthur nora henry laura"
+    " walter ruth edward irene frank martha oliver sophie daniel rosa philip lucy victor diana leonard edith simon"
+    " grace hugo ella martin olga felix vera oscar june albert nina paul stella ralph iris jacob mabel lewis agnes"
+    " gilbert flora basil"
 )
 SURNAMES = words(
-    "carter mitchell novak brennan schultz okafor lindgren moretti tanaka fletcher harding silva dubois kowalski murphy"
-    " jansen petrov whitaker ramirez osborne delgado hawkins bergman castillo donovan ellison farrow grantham holloway"
-    " ivanov jennings keller lambert morrison nakamura ogden pembroke quigley ridley sanders thornton underwood vasquez"
-    " winslow yardley zimmerman abbott barlow crawford dalton"
+    "carter mitchell novak brennan schultz okafor lindgren moretti tanaka fletcher harding silva dubois kowalski"
+    " murphy jansen petrov whitaker ramirez osborne delgado hawkins bergman castillo donovan ellison farrow"
+    " grantham holloway ivanov jennings keller lambert morrison nakamura ogden pembroke quigley ridley sanders"
+    " thornton underwood vasquez winslow yardley zimmerman abbott barlow crawford dalton"
 )
 CITIES = words(
     "london paris vienna boston madrid dublin chicago prague lisbon athens toronto oslo berlin denver cairo naples"
@@ -103,7 +104,9 @@ def share(fillers: list[str], split: str) -> list[str]:
 
 def full_fillers(split: str) -> dict[str, list[str]]:
     """Fillers by tag, the split's own. Dates and numbers are built first and then shared out, whole."""
-    people = [f"{first} {last}" for first, last in itertools.product(share(FIRST_NAMES, split), share(SURNAMES, split))]
+    people = [
+        f"{first} {last}" for first, last in itertools.product(share(FIRST_NAMES, split), share(SURNAMES, split))
+    ]
     dates = [f"{month} {day}" for month in MONTHS for day in ORDINALS] + [f"last {day}" for day in DAYS + MONTHS]
     times = [f"{hour} {minute}" for hour in UNITS + TEENS[:3] for minute in words("o'clock fifteen thirty forty_five")]
     numbers = [f"{n} hundred" for n in UNITS] + BELOW_HUNDRED[1:] + [f"{n} thousand" for n in BELOW_HUNDRED[1:]]
