@@ -8,6 +8,8 @@ DATA := data/quickstart
 OUT := outputs/quickstart
 # Two processes of torch on few cores must not spin for each other.
 export OMP_WAIT_POLICY ?= passive
+# `accelerate launch` gives a process on CPUs one thread unless it is told otherwise.
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: quickstart test lint backbones

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import espeakng_loader
@@ -41,7 +42,9 @@ class Espeak:
     """
     The espeak-ng library that the package `espeakng-loader` brings, called directly: no program needs installing.
 
-    Constants and signatures are those of espeak-ng's `speak_lib.h`.
+    Constants and signatures are those of espeak-ng's `speak_lib.h`. What it says depends, by a few samples, on what it
+    said before (its pitch flutters on from clip to clip). So each object loads a copy of the library, with a state of
+    its own: the same calls on a new object give the same samples.
     """
 
     _SYNCHRONOUS, _NO_EXIT = 2, 1 << 15
@@ -50,7 +53,8 @@ class Espeak:
     _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     def __init__(self):
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        with tempfile.TemporaryDirectory() as folder:
+            self._library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
         data = espeakng_loader.get_data_path().encode()
         self.sampling_rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data, self._NO_EXIT)
         if self.sampling_rate <= 0:
@@ -76,6 +80,7 @@ class Espeak:
         """
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}")
+        self._library.espeak_ng_SetRandSeed(0)  # it seeds by the clock else
         self._library.espeak_SetParameter(self._RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(self._PITCH, pitch, 0)
         self._samples = []
@@ -112,12 +117,12 @@ def speak(espeak: Espeak, text: str, voice: str, rng: random.Random, noise: bool
     return (0.5 * clip / clip.abs().max()).numpy()
 
 
-def write_split(folder: Path, espeak: Espeak, split: str, number: int, args: argparse.Namespace):
+def write_split(folder: Path, split: str, number: int, args: argparse.Namespace):
     """Speaks one split into `folder`, by way of a temporary one: a split is there whole or not at all."""
     work = folder.with_name(f".{split}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    rng = random.Random(f"{args.seed} {split}")
+    espeak, rng = Espeak(), random.Random(f"{args.seed} {split}")
     lines = []
     for i, utterance in enumerate(tqdm(sentences(args.grammar, split, number, args.seed), desc=split, unit="clip")):
         voice = rng.choice(VOICES[split])
@@ -152,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.folder} holds speech of other settings ({about}): name another folder or remove it")
     args.folder.mkdir(parents=True, exist_ok=True)
     about.write_text(json.dumps(settings, indent=2) + "\n")
-    espeak = Espeak()
     for split in SPLITS:
         if not (args.folder / split).is_dir():  # what is there is whole: an interrupted run goes on after it
-            write_split(args.folder / split, espeak, split, getattr(args, split), args)
+            write_split(args.folder / split, split, getattr(args, split), args)
 
 
 if __name__ == "__main__":
