@@ -24,7 +24,7 @@ backbones: $(VENV)/installed
 	$(BIN)/python scripts/get_backbones.py whisper-tiny.en SmolLM2-135M-Instruct
 
 quickstart: backbones
-	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 1100 --dev 60 --test 100
+	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 800 --dev 60 --test 100
 	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/quickstart.yaml --dataset_dir $(DATA) --output_dir $(OUT)
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/python scripts/transcribe.py $(OUT) $(DATA)/test/test-00000.flac

@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
-        plot_training(trainer.state.log_history, Path(training.output_dir) / "training.png")
+        plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")
         write_text(Path(training.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import eval_sense
 import train_sense
+from processing import report
+from scripts import transcribe
 from tests.conftest import make_corpus, write_corpus
 
 
@@ -72,6 +76,25 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
     assert scored["wer"] == pytest.approx(100 * errors / words)
     model, processor = eval_sense.load_checkpoint(str(out))
     assert model.config.audio_tokens == processor.audio_tokens == audio_tokens
+
+    report.main([str(tmp_path / "both.png"), f"one={out}", f"two={out}"])
+    assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
+
+
+def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, tmp_path, capsys):
+    train_sense.main([recipe(), "--max_steps", "1"])
+    alone = tmp_path / "alone.wav"
+    soundfile.write(alone, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    clip = Path(corpus) / "test" / json.loads(metadata_lines(corpus)[0])["file_name"]
+    answers = transcribe.main([str(tmp_path / "out"), str(clip), str(alone), "--num_beams", "2"])
+    printed = capsys.readouterr().out
+    said = json.loads(metadata_lines(corpus)[0])["text"]
+    assert f"{clip}\n  said:  {said}\n  heard: {answers[0].strip()}" in printed
+    assert f"{alone}\n  heard: {answers[1].strip()}" in printed
+
+
+def metadata_lines(corpus):
+    return (Path(corpus) / "test" / "metadata.jsonl").read_text().splitlines()
 
 
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path):
