@@ -85,16 +85,12 @@ def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, t
     train_sense.main([recipe(), "--max_steps", "1"])
     alone = tmp_path / "alone.wav"
     soundfile.write(alone, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    clip = Path(corpus) / "test" / json.loads(metadata_lines(corpus)[0])["file_name"]
+    line = json.loads((Path(corpus) / "test" / "metadata.jsonl").read_text().splitlines()[0])
+    clip = Path(corpus) / "test" / line["file_name"]
     answers = transcribe.main([str(tmp_path / "out"), str(clip), str(alone), "--num_beams", "2"])
     printed = capsys.readouterr().out
-    said = json.loads(metadata_lines(corpus)[0])["text"]
-    assert f"{clip}\n  said:  {said}\n  heard: {answers[0].strip()}" in printed
+    assert f"{clip}\n  said:  {line['text']}\n  heard: {answers[0].strip()}" in printed
     assert f"{alone}\n  heard: {answers[1].strip()}" in printed
-
-
-def metadata_lines(corpus):
-    return (Path(corpus) / "test" / "metadata.jsonl").read_text().splitlines()
 
 
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path):
