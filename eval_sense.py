@@ -1,85 +1,135 @@
 """
-Scores a SENSE checkpoint on a dataset.
+Scores a SENSE checkpoint on a dataset: transcript, named entities, sentiment, beside what simpler systems score.
 
-    python eval_sense.py --model DIR --dataset data/quickstart --split test --output_dir OUT [--num_beams 5]
+    python eval_sense.py --model DIR --dataset DIR --split test --output_dir OUT --tasks asr ner sa \\
+        --controls cascade gold majority --num_beams 5
     accelerate launch --num_processes 2 eval_sense.py ...     # same result, in less time
 
-Writes OUT/metrics.json and OUT/utterances.jsonl, and prints the worst utterances.
+Writes OUT/metrics.json, OUT/utterances.jsonl and pictures, prints the tables and the worst utterances.
 """
 
 import argparse
-import json
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.console import Console
-from rich.table import Table
+from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
+    StoppingCriteria,
     WhisperForConditionalGeneration,
     set_seed,
 )
-from whisper_normalizer.english import EnglishTextNormalizer
 
 import processing  # noqa: F401  registers the processor
+from processing import report
+from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import load_corpus
-from processing.processing_sense import load_audio
+from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
+from processing.scoring import score
+from processing.tasks import TASKS, Answer, make_tasks
 from scripts.get_backbones import resolve_backbone
 
 
-NORMALIZE = EnglishTextNormalizer()
-TOKENS_PER_SECOND = 7  # more than fast speech needs: a bound on answers that do not end by themselves
+CONTROLS = ("cascade", "gold", "majority")
 
 
-def transcribe(
-    model, processor, dataset, *, num_beams: int = 1, batch_size: int = 8, max_new_tokens: int | None = None
-):
+def understand(
+    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8
+) -> dict[str, list[str]]:
     """
-    The model's transcript of each row of `dataset`, in order. Under several processes each does its share of the rows
-    and all get the whole list.
+    The model's answer to each task for each row of `dataset`, in order; each clip is encoded once. Under several
+    processes each does its share of the rows and all get the whole lists.
+
+    Returns:
+        by task, the answers as the model writes them.
     """
 
-    def answer(clips):
-        inputs = processor.apply_transcription_request(clips).to(model.device)
-        prompt_length = inputs["input_ids"].shape[1]
-        limit = max_new_tokens or answer_limit(clips)
-        output = model.generate(**inputs, num_beams=num_beams, max_new_tokens=limit, do_sample=False)
-        return processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
+    def answer(rows: list[dict]) -> list[tuple[str, ...]]:
+        clips = [load_audio(row["audio"]) for row in rows]
+        seconds = [len(clip) / 16000 for clip in clips]
+        pooled, found = None, []
+        for name in tasks:
+            inputs = processor.apply_request(clips, name).to(model.device)
+            features = [inputs.pop("input_features"), inputs.pop("input_features_mask")]
+            if pooled is None:
+                names = ("pooled_features", "pooled_features_mask")
+                pooled = dict(zip(names, model.model.get_pooled_features(*features)))
+            limits = [TASKS[name].most_tokens(s) for s in seconds]
+            found.append(_generate(model, processor, {**inputs, **pooled}, num_beams, limits))
+        return list(zip(*found))
 
-    return _over_processes(dataset, answer, batch_size, "transcribing")
+    answers = _over_processes(dataset, answer, batch_size, "listening")
+    return dict(zip(tasks, map(list, zip(*answers))))
 
 
-def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int = 8, device="cpu"):
-    """The same by Whisper's own decoder: the control. `source` is a Hub id or folder of a Whisper checkpoint."""
+def understand_text(
+    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8
+) -> dict[str, list[str]]:
+    """The same with the true transcript in the audio's place: what the language model makes of perfect hearing."""
+
+    def answer(rows: list[dict]) -> list[tuple[str, ...]]:
+        found = []
+        for name in tasks:
+            prompt = processor.build_prompt(processor.prompts[name])
+            texts = [prompt.replace(AUDIO_TOKEN, row["text"]) for row in rows]
+            inputs = processor(text=texts).to(model.device)
+            limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
+            found.append(_generate(model, processor, inputs, num_beams, limits))
+        return list(zip(*found))
+
+    answers = _over_processes(dataset, answer, batch_size, "reading")
+    return dict(zip(tasks, map(list, zip(*answers))))
+
+
+class AnswerLimits(StoppingCriteria):
+    """Ends each row's answer by its own limit, so that an endless one is the same in whatever batch it stands."""
+
+    def __init__(self, prompt_length: int, limits: list[int]):
+        self.ends = prompt_length + torch.tensor(limits)
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        beams = len(input_ids) // len(self.ends)
+        return (input_ids.shape[1] >= self.ends.repeat_interleave(beams)).to(input_ids.device)
+
+
+def _generate(model, processor, inputs: dict, num_beams: int, limits: list[int]) -> list[str]:
+    start = inputs["input_ids"].shape[1]
+    output = model.generate(
+        **inputs,
+        num_beams=num_beams,
+        do_sample=False,
+        max_new_tokens=max(limits),
+        stopping_criteria=[AnswerLimits(start, limits)],
+    )
+    return [answer.strip() for answer in processor.batch_decode(output[:, start:], skip_special_tokens=True)]
+
+
+def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int = 8, device="cpu") -> list[str]:
+    """What Whisper's own decoder hears. `source` is a Hub id or folder of a Whisper checkpoint."""
     whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).to(device).eval()
     extractor = AutoProcessor.from_pretrained(source).feature_extractor
     tokenizer = AutoTokenizer.from_pretrained(source)
     language = {"language": "en", "task": "transcribe"} if whisper.generation_config.is_multilingual else {}
 
-    def answer(clips):
+    def answer(rows: list[dict]) -> list[str]:
+        clips = [load_audio(row["audio"]) for row in rows]
         features = extractor(clips, sampling_rate=16000, return_tensors="pt", return_attention_mask=True).to(device)
-        return tokenizer.batch_decode(
-            whisper.generate(**features, num_beams=num_beams, **language), skip_special_tokens=True
-        )
+        output = whisper.generate(**features, num_beams=num_beams, **language)
+        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     return _over_processes(dataset, answer, batch_size, "whisper's decoder")
 
 
-def answer_limit(clips) -> int:
-    """Bound on the tokens of an answer to 16 kHz `clips`: what the longest of them can hold."""
-    return 16 + int(TOKENS_PER_SECOND * max(len(clip) for clip in clips) / 16000)
-
-
-def _over_processes(dataset, answer, batch_size: int, label: str) -> list[str]:
-    """Calls `answer` on batches of waveforms, longest first, shared out over the processes; results in row order."""
+def _over_processes(dataset, answer: Callable[[list[dict]], list], batch_size: int, label: str) -> list:
+    """Calls `answer` on batches of rows, longest first, shared out over the processes; results in row order."""
     state = PartialState()
     order = sorted(range(len(dataset)), key=lambda i: (-(dataset[i]["duration"] or 0), i))
     mine = order[state.process_index :: state.num_processes]
@@ -87,54 +137,93 @@ def _over_processes(dataset, answer, batch_size: int, label: str) -> list[str]:
     batches = range(0, len(mine), batch_size)
     for start in tqdm(batches, desc=label, unit="batch", disable=not state.is_main_process):
         rows = mine[start : start + batch_size]
-        found += zip(rows, answer([load_audio(dataset[i]["audio"]) for i in rows]))
+        found += zip(rows, answer([dataset[i] for i in rows]))
     everyone = gather_object(found) if state.num_processes > 1 else found
-    return [text.strip() for _, text in sorted(everyone)]
+    return [given for _, given in sorted(everyone)]
 
 
 def shuffle_audio(dataset):
-    """The same texts, each beside the clip of another row: what a model scores that does not listen."""
-    texts = list(dataset["text"])
-    return dataset.remove_columns("text").add_column("text", texts[1:] + texts[:1])
+    """The same labels, each beside the clip of another row: what a model scores that does not listen."""
+    names = [name for name in ("text", "entities", "sentiment") if name in dataset.column_names]
+    labels = dataset.select_columns(names).select([*range(1, len(dataset)), 0])
+    return concatenate_datasets([dataset.remove_columns(names), labels], axis=1)
 
 
-def score(references: list[str], answers: list[str]) -> dict[str, float]:
-    """`wer` on the strings as they are, `wer_normalized` after Whisper's English normaliser; both in per cent."""
-    normalized = [(NORMALIZE(r), NORMALIZE(a)) for r, a in zip(references, answers)]
-    normalized = [pair for pair in normalized if pair[0]]
-    return {
-        "wer": 100 * jiwer.wer(references, answers),
-        "wer_normalized": 100 * jiwer.wer([r for r, _ in normalized], [a for _, a in normalized]),
-    }
+def parse_answers(prompts: dict[str, str], answers: dict[str, list[str]]) -> dict[str, list[Answer]]:
+    """By task, what the answers say."""
+    return {name: [task.parse(a) for a in answers[name]] for name, task in make_tasks(prompts, answers).items()}
 
 
-def utterance_table(dataset, answers: list[str]) -> list[dict]:
-    """One dict an utterance: `id, reference, answer, errors, words, wer`, the worst first."""
+def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -> dict[str, dict[str, list[Answer]]]:
+    """By system, the answers of each control that was asked for."""
+    systems = {}
+    if "cascade" in args.controls:
+        source = resolve_backbone(model.config.backbones["audio"]["id"])
+        heard = transcribe_whisper(source, dataset, device=model.device, **how)
+        systems["cascade: Whisper's own decoder, then spaCy / VADER"] = from_text(heard, tasks)
+    if "gold" in args.controls:
+        reading = [name for name in tasks if name != "asr"]
+        systems["true text, then spaCy / VADER"] = from_text(list(dataset["text"]), reading)
+        read = understand_text(model, processor, dataset, reading, **how)
+        systems["true text, then the same LLM"] = parse_answers(processor.prompts, read)
+    if "majority" in args.controls and "sa" in tasks:
+        train = load_rows(args, args.train_split)
+        most = majority_sentiment(train["sentiment"])
+        systems[f"always {most}"] = {"sa": [Answer(sentiment=most)] * len(dataset)}
+    return systems
+
+
+def from_text(texts: list[str], tasks: list[str]) -> dict[str, list[Answer]]:
+    """What well-known text tools make of transcripts."""
+    answers = {}
+    if "asr" in tasks:
+        answers["asr"] = [Answer(text=text) for text in texts]
+    if "ner" in tasks:
+        tagged = SpacyTagger.from_pretrained().tag(texts)
+        answers["ner"] = [Answer(text=text, entities=entities) for text, entities in zip(texts, tagged)]
+    if "sa" in tasks:
+        answers["sa"] = [Answer(sentiment=found) for found in VaderSentiment().classify(texts)]
+    return answers
+
+
+def utterance_table(dataset, answers: dict[str, list[str]], parsed: dict[str, list[Answer]]) -> list[dict]:
+    """
+    One dict an utterance, the worst transcript first: `id`, the references, by task the answer as it was written and
+    what was read in it, and of the first task with words `errors`, `words`, `wer`.
+    """
+    worded = next((name for name in answers if parsed[name] and parsed[name][0].text is not None), None)
     table = []
-    for row, answer in zip(dataset, answers):
-        found = jiwer.process_words(row["text"], answer)
-        errors = found.substitutions + found.deletions + found.insertions
-        words = len(row["text"].split())
-        table.append(
-            {"id": row["id"], "reference": row["text"], "answer": answer, "errors": errors, "words": words}
-            | {"wer": 100 * errors / words}
-        )
-    return sorted(table, key=lambda row: -row["wer"])
+    for i, row in enumerate(dataset):
+        line = {"id": row["id"], "reference": row["text"]}
+        line |= {"reference_entities": row["entities"], "reference_sentiment": row["sentiment"]}
+        for name in answers:
+            line[name] = answers[name][i]
+        if "ner" in parsed:
+            line |= {"entities": parsed["ner"][i].entities, "malformed": parsed["ner"][i].malformed}
+        if worded:
+            found = jiwer.process_words(row["text"], parsed[worded][i].text)
+            errors = found.substitutions + found.deletions + found.insertions
+            words = len(row["text"].split())
+            line |= {"errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
+        table.append(line)
+    return sorted(table, key=lambda line: -line.get("wer", 0))
 
 
-def show_worst(table: list[dict], number: int):
-    """The `number` utterances with the highest WER, said beside heard."""
-    view = Table("WER %", "said", "heard", title=f"worst {min(number, len(table))} of {len(table)} utterances")
-    for row in table[:number]:
-        view.add_row(f"{row['wer']:.0f}", row["reference"], row["answer"])
-    Console(width=None if os.isatty(1) else 140).print(view)
+def load_rows(args, split: str):
+    """One split of the dataset that the command line names."""
+    return load_corpus(
+        args.dataset,
+        split,
+        text_column=args.text_column,
+        config_name=args.config_name,
+        entity_tags="combined",
+    )
 
 
-def write_text(path: Path, content: str):
-    """Writes to a temporary name first: a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+def start_processes():
+    """Lets a launcher's processes find each other on machines without a GPU too; before anything asks for them."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)
 
 
 def load_checkpoint(folder: str, dtype: str = "auto"):
@@ -146,44 +235,34 @@ def load_checkpoint(folder: str, dtype: str = "auto"):
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    start_processes()
     set_seed(args.seed)
     model, processor = load_checkpoint(args.model, args.dtype)
-    dataset = load_corpus(args.dataset, args.split, text_column=args.text_column, config_name=args.config_name)
+    tasks = args.tasks or list(processor.prompts)
+    make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
+    dataset = load_rows(args, args.split)
     if args.max_samples:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 
     begin = time.perf_counter()
-    answers = transcribe(model, processor, dataset, **how)
+    answers = understand(model, processor, dataset, tasks, **how)
     seconds = time.perf_counter() - begin
-    references = list(dataset["text"])
+    parsed = parse_answers(processor.prompts, answers)
+    rows = list(dataset.remove_columns("audio"))
     audio_seconds = sum(len(load_audio(row["audio"])) for row in dataset) / 16000
-    metrics = score(references, answers) | {
-        "n_utterances": len(dataset),
-        "audio_seconds": audio_seconds,
-        "rtf": seconds / audio_seconds,
-    }
+    metrics = score(rows, parsed)
+    metrics |= {"n_utterances": len(rows), "audio_seconds": audio_seconds, "rtf": seconds / audio_seconds}
     if args.shuffled_control:
-        # The answers do not depend on the texts: pairing them otherwise is the same as shuffling the clips.
-        shuffled = score(list(shuffle_audio(dataset)["text"]), answers)
+        # The answers do not depend on the labels: pairing them otherwise is the same as shuffling the clips.
+        shuffled = score(list(shuffle_audio(dataset).remove_columns("audio")), parsed)
         metrics |= {f"{name}_shuffled": value for name, value in shuffled.items()}
-    if args.baseline == "whisper":
-        source = resolve_backbone(model.config.backbones["audio"]["id"])
-        baseline = score(references, transcribe_whisper(source, dataset, device=model.device, **how))
-        metrics |= {f"{name}_whisper": value for name, value in baseline.items()}
+    systems = run_controls(args, model, processor, dataset, tasks, how)
+    metrics["controls"] = {name: score(rows, given) for name, given in systems.items()}
     if PartialState().is_main_process:
-        report(Path(args.output_dir), metrics, utterance_table(dataset, answers), args.show)
+        table = utterance_table(dataset, answers, parsed)
+        report.write_evaluation(Path(args.output_dir), metrics, table, args.show)
     return metrics
-
-
-def report(folder: Path, metrics: dict, table: list[dict], show: int):
-    """Writes metrics.json and utterances.jsonl; prints the worst utterances and the metrics."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    show_worst(table, show)
-    for name, value in metrics.items():
-        print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -192,13 +271,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="audiofolder, LibriSpeech tree or Hub dataset")
     parser.add_argument("--config_name", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--train_split", default="train", help="where the majority control finds its class")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--tasks", nargs="+", choices=["asr"], default=["asr"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: those the model was trained for")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
-    parser.add_argument("--baseline", choices=["whisper"], help="also score Whisper's own decoder on the same clips")
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=[], help="what to compare with")
     parser.add_argument("--shuffled_control", action="store_true", help="also score with the clips shuffled")
     parser.add_argument("--show", type=int, default=10, help="how many of the worst utterances to print")
     parser.add_argument("--output_dir", required=True)

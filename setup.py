@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
+
 setup(
     name="sense-asr",
     version="0.1.0",
@@ -29,6 +31,7 @@ setup(
         "huggingface-hub>=2.0,<3",
         "soundfile>=0.13,<1",
         "jiwer>=4.0,<5",
+        "scikit-learn>=1.5,<2",
         "whisper-normalizer>=0.1.12,<0.2",
         "espeakng-loader>=0.2.4,<0.3",  # speaks the quickstart's corpus
         "gguf>=0.17,<1",  # backbones without the Hub
@@ -40,5 +43,8 @@ setup(
         "tensorboard>=2.18,<3",
         "tqdm>=4.66,<5",
     ],
-    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.13,<1"]},
+    extras_require={
+        "controls": CONTROLS,
+        "dev": [*CONTROLS, "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
+    },
 )

@@ -1,5 +1,5 @@
 """
-Trains SENSE: the adapter, and LoRA where the recipe asks for it, on any speech with transcripts.
+Trains SENSE: the adapter, and LoRA where the recipe asks for it, on any speech with transcripts, entities, sentiment.
 
     accelerate launch train_sense.py recipes/quickstart.yaml [--field value ...]
 
@@ -12,23 +12,30 @@ import difflib
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from accelerate.utils import broadcast, broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from eval_sense import score, shuffle_audio, transcribe, write_text
+from eval_sense import parse_answers, shuffle_audio, start_processes, understand
 from modeling_sense import SenseForConditionalGeneration
+from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
-from processing.collator import SenseCollator
+from processing.collator import SenseCollator, tag_weights
+from processing.controls import SpacyTagger
 from processing.datasets import load_corpus
 from processing.encoder_cache import build_cache
-from processing.report import plot_training
+from processing.report import plot_training, write_text
+from processing.scoring import score
+from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
 from scripts.get_backbones import resolve_backbone
 
@@ -49,16 +56,43 @@ class SenseArguments:
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA"})
     adapter_learning_rate: float = field(default=None, metadata={"help": "of the adapter; default: learning_rate"})
-    prompt: str = field(default="Transcribe the speech.", metadata={"help": "the instruction after the audio"})
+    init_from: str = field(default=None, metadata={"help": "go on from this stage: output folder or checkpoint"})
+
+    # Mappings in a recipe, JSON on the command line: to HfArgumentParser they are strings.
+    tasks: str = field(
+        default='{"asr": 1}',
+        metadata={"help": "how often an epoch shows each task's rows, such as {asr: 1, ner: 2, sa: 0.5}"},
+    )
+    prompts: str = field(
+        default='{"asr": "Transcribe the speech."}', metadata={"help": "each task's instruction after the audio"}
+    )
+    entity_tags: str = field(default="combined", metadata={"help": "combined (SLUE's 7) or raw (OntoNotes' 18)"})
+    train_entities: str = field(
+        default="given", metadata={"help": "given, or spacy: in their place what spaCy finds in the transcripts"}
+    )
+    balance_classes: bool = field(default=False, metadata={"help": "show each sentiment equally often"})
+    classifier: str = field(
+        default=None, metadata={"help": "regulariser: ner (tags) or sa (sentiment); none: without"}
+    )
+    classifier_alpha: float = field(default=0.2, metadata={"help": "the classifier's share of the loss"})
+    classifier_max_weight: float = field(default=20.0, metadata={"help": "cap on the weight of a rare tag"})
 
     config_name: str = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     eval_split: str = field(default="dev", metadata={"help": "split to choose the best checkpoint by"})
     audio_column: str = field(default="audio", metadata={"help": "column of the audio"})
     text_column: str = field(default="text", metadata={"help": "column of the transcript"})
+    lowercase: bool = field(
+        default=False, metadata={"help": "transcripts in lower case (LibriSpeech's are upper case)"}
+    )
     max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
-    wer_samples: int = field(default=None, metadata={"help": "rows, evenly spaced, for the WER; default: all"})
+    scored_samples: int = field(
+        default=None, metadata={"help": "rows, evenly spaced, that evaluation generates answers for; default: all"}
+    )
+    max_minutes: float = field(
+        default=None, metadata={"help": "train so long; the learning rate falls to 0 by then, after warmup_steps"}
+    )
 
     encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
     speeds: list[float] = field(
@@ -76,21 +110,97 @@ class SenseArguments:
             raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
         if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask):
             raise ValueError("speeds and time_mask work on cached features: set encoder_cache to a folder")
+        self.tasks, self.prompts = _mapping("tasks", self.tasks), _mapping("prompts", self.prompts)
+        make_tasks(self.prompts, self.tasks)
+        for name, weight in self.tasks.items():
+            if not isinstance(weight, int | float) or not weight > 0:
+                raise ValueError(f"tasks: the weight of {name} is {weight!r}; give a number above 0")
+        if self.train_entities not in ("given", "spacy"):
+            raise ValueError(f"train_entities: give given or spacy, found {self.train_entities!r}")
+        if self.classifier not in (None, "ner", "sa"):
+            raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
+
+
+def _mapping(name: str, value: dict | str) -> dict:
+    """A mapping from a recipe, or from the command line as JSON."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} {value}: not JSON ({error}); write it like '{{\"asr\": 1}}'") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{name} must map tasks to values, found {value!r}")
+    return found
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """Ends training after `minutes` of steps; pauses and interruptions do not count."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self.seconds = 0.0  # spent
+
+    @property
+    def left(self) -> float:
+        """Share of the budget that is left."""
+        return max(0.0, 1 - self.seconds / (60 * self.minutes))
+
+    def state(self) -> dict:
+        return {"args": {"minutes": self.minutes}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # One clock for all processes: their learning rates must be the same.
+        self.seconds = broadcast_object_list([self.seconds + time.perf_counter() - self.began])[0]
+        control.should_training_stop = control.should_training_stop or not self.left
 
 
 class SenseTrainer(Trainer):
     """
     Trainer whose checkpoints hold the trained weights only, and whose evaluation adds the loss on shuffled clips
-    (`eval_shuffled_loss`: the gap to `eval_true_loss` is what the model hears) and the WER (`eval_wer`).
+    (`eval_shuffled_loss`: the gap to `eval_true_loss` is what the model hears) and each task's scores (`eval_wer`,
+    `eval_ner_f1`, `eval_sa_f1`, ...).
     """
 
     def __init__(
-        self, *args, eval_collator: SenseCollator, wer_rows, adapter_learning_rate: float | None = None, **kwargs
+        self,
+        *args,
+        eval_collator: SenseCollator,
+        scored_rows,
+        adapter_learning_rate: float | None = None,
+        max_minutes: float | None = None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.wer_rows = wer_rows
+        self.scored_rows = scored_rows
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
+        self.budget = None
+        if max_minutes is not None:
+            self.budget = TimeBudget(max_minutes)
+            self.add_callback(self.budget)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Counts the clips that the classifier learns from over all parts of a step, as Trainer does with tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and "classifier_labels" in batches[0]:
+            labels = [batch["classifier_labels"].view(len(batch["classifier_labels"]), -1)[:, 0] for batch in batches]
+            known = sum((first != -100).sum() for first in labels).to(device)
+            known = self.accelerator.gather(known).sum().clamp(min=1)
+            for batch in batches:
+                batch["num_clips_in_batch"] = known
+        return batches, num_items
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Under a budget of time the rate follows the clock: nobody knows the number of steps."""
+        if self.budget is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warm_up = max(1, self.args.warmup_steps)
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / warm_up) * self.budget.left
+        )
+        return self.lr_scheduler
 
     def create_optimizer(self, model=None):
         """AdamW in two groups: the adapter has its own rate. Weight decay as Trainer decides, per parameter."""
@@ -122,16 +232,24 @@ class SenseTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None or isinstance(eval_dataset, dict):  # the outermost call, not one of its parts
-            rows = self.wer_rows
-            model = self.accelerator.unwrap_model(self.model).eval()
-            answers = transcribe(model, self.processing_class, rows, batch_size=self.args.per_device_eval_batch_size)
-            scores = {f"{metric_key_prefix}_{k}": v for k, v in score(list(rows["text"]), answers).items()}
-            if self.is_world_process_zero():
-                for said, heard in list(zip(rows["text"], answers))[:3]:
-                    print(f"  said:  {said}\n  heard: {heard}", flush=True)
+            scores = {f"{metric_key_prefix}_{k}": v for k, v in self.score_answers().items()}
             self.log(scores)
             metrics |= scores
         return metrics
+
+    def score_answers(self) -> dict[str, float]:
+        """The scores of the answers to all tasks; prints some of them beside what was said."""
+        rows, processor = self.scored_rows, self.processing_class
+        model = self.accelerator.unwrap_model(self.model).eval()
+        tasks = list(self.eval_collator.tasks)
+        answers = understand(model, processor, rows, tasks, batch_size=self.args.per_device_eval_batch_size)
+        if self.is_world_process_zero():
+            for i in range(min(3, len(rows))):
+                print(
+                    "\n".join([f"  said:  {rows[i]['text']}", *(f"  {t}: {answers[t][i]}" for t in tasks)]), flush=True
+                )
+        scores = score(list(rows.remove_columns("audio")), parse_answers(processor.prompts, answers))
+        return {name: value for name, value in scores.items() if isinstance(value, float)}
 
     # A checkpoint is what was trained: megabytes, not the backbones again. Optimiser, schedule and random state are
     # written beside it by Trainer itself.
@@ -176,27 +294,62 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
 
 
 def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, SenseProcessor]:
-    """Backbones with a new adapter (and LoRA), and their processor."""
+    """Backbones with a new adapter (and LoRA), or the model of an earlier stage; and the processor."""
     with PartialState().main_process_first():  # one process downloads
         audio, text = resolve_backbone(args.audio_backbone), resolve_backbone(args.text_backbone)
     tokens = {"num_audio_tokens": args.num_audio_tokens, "audio_tokens": args.audio_tokens}
-    processor = SenseProcessor.from_backbones(audio, text, prompt=args.prompt, **tokens)
-    model = SenseForConditionalGeneration.from_backbones(
-        audio, text, dtype=getattr(torch, args.backbone_dtype), **tokens
-    )
-    # By the name in the recipe: a path of this machine would mean nothing on another.
-    model.config.backbones["audio"]["id"] = args.audio_backbone
-    model.config.backbones["text"]["id"] = args.text_backbone
-    if args.lora_r:
+    processor = SenseProcessor.from_backbones(audio, text, prompts=args.prompts, **tokens)
+    dtype = getattr(torch, args.backbone_dtype)
+    if args.init_from and not (Path(args.init_from) / ADAPTER_CONFIG).is_file():
+        model = SenseForConditionalGeneration.from_pretrained(args.init_from, dtype=dtype)
+        _require_same(args, model.config)
+    else:
+        model = SenseForConditionalGeneration.from_backbones(audio, text, dtype=dtype, **tokens)
+        # By the name in the recipe: a path of this machine would mean nothing on another.
+        model.config.backbones["audio"]["id"] = args.audio_backbone
+        model.config.backbones["text"]["id"] = args.text_backbone
+        if args.init_from:
+            model.load_adapter(args.init_from)
+            model.remove_classifier()
+    if args.lora_r and model.config.lora is None:
         model.add_lora(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+    elif (model.config.lora or {"r": 0})["r"] != args.lora_r:
+        raise ValueError(f"{args.init_from} has LoRA {model.config.lora}, the recipe says lora_r: {args.lora_r}")
     return model, processor
 
 
+def _require_same(args: SenseArguments, config):
+    """Raises ValueError where the model of an earlier stage is not the one that the recipe describes."""
+    found = {name: config.backbones[name]["id"] for name in ("audio", "text")}
+    found = {f"{name}_backbone": source for name, source in found.items()}
+    found |= {"num_audio_tokens": config.num_audio_tokens, "audio_tokens": config.audio_tokens}
+    for name, value in found.items():
+        if value != getattr(args, name):
+            raise ValueError(f"{args.init_from}: {name} is {value!r} there, {getattr(args, name)!r} in the recipe")
+
+
+def add_classifier(args: SenseArguments, model, train):
+    """The regulariser of the recipe: tags weighted by how rare they are in the training set, or sentiment classes."""
+    if args.classifier is None:
+        return
+    if args.classifier == "sa":
+        labels, weights = list(SENTIMENTS), None
+    else:
+        labels = list(TAG_SETS[args.entity_tags])
+        weights = tag_weights(train, labels, args.classifier_max_weight)
+        if PartialState().is_main_process:
+            listed = ", ".join(f"{tag} {weight:.1f}" for tag, weight in zip(labels, weights))
+            print(f"classifier's tag weights (at most {args.classifier_max_weight:g}): {listed}", flush=True)
+    model.add_classifier(labels, args.classifier == "ner", weights, args.classifier_alpha)
+
+
 def load_split(args: SenseArguments, split: str, most: int | None):
-    columns = {"audio_column": args.audio_column, "text_column": args.text_column}
+    columns = {"audio_column": args.audio_column, "text_column": args.text_column, "entity_tags": args.entity_tags}
     dataset = load_corpus(args.dataset_dir, split, config_name=args.config_name, **columns)
     if most:
         dataset = dataset.select(range(min(most, len(dataset))))
+    if args.lowercase:
+        dataset = dataset.map(lambda row: {"text": lower(row["text"])})
     return dataset.add_column("cache_index", list(range(len(dataset))))
 
 
@@ -211,6 +364,18 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
         )
 
 
+def lower(text: str) -> str:
+    """Lower case letter by letter, so that the entities' offsets stay right: some letters have two in lower case."""
+    return "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
+
+
+def add_tasks(args: SenseArguments, dataset, tasks, weights: dict[str, float], seed: int):
+    """A row for each question that an epoch asks."""
+    labels = dataset.select_columns(["text", "entities", "sentiment"])
+    pairs = mix(list(labels), tasks, weights, args.balance_classes, seed)
+    return dataset.select([row for row, _ in pairs]).add_column("task", [name for _, name in pairs])
+
+
 def add_lengths(dataset, cache, column: str):
     """Adds what `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second."""
     lengths = cache.lengths if cache else [math.ceil(100 * (seconds or 0)) for seconds in dataset["duration"]]
@@ -219,7 +384,7 @@ def add_lengths(dataset, cache, column: str):
 
 def start_adapter(args: SenseArguments, model, processor, train):
     """The warm start, computed by one process and sent to the others."""
-    if not args.warm_start:
+    if not args.warm_start or args.init_from:
         return
     if PartialState().is_main_process:
         found = warm_start(
@@ -237,40 +402,56 @@ def start_adapter(args: SenseArguments, model, processor, train):
 
 
 def main(argv: list[str] | None = None) -> dict:
+    start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
     set_seed(training.seed)
     # The rows bring their own columns to the collator, and the model's labels are its own business.
     training.remove_unused_columns = False
     training.label_names = ["labels"]
+    training.restore_callback_states_from_checkpoint = True
     model, processor = build_model(args)
+    tasks = make_tasks(args.prompts, args.tasks)
     train = load_split(args, args.train_split, args.max_train_samples)
     dev = load_split(args, args.eval_split, args.max_eval_samples)
+    if args.train_entities == "spacy":
+        tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
+        train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     train, dev = (add_lengths(*pair, training.length_column_name) for pair in ((train, train_cache), (dev, dev_cache)))
+    add_classifier(args, model, train)
 
     checkpoint = training.resume_from_checkpoint
     if checkpoint is None and Path(training.output_dir).is_dir():
         checkpoint = get_last_checkpoint(training.output_dir)
     if checkpoint is None:
         start_adapter(args, model, processor, train)
+    once = dict.fromkeys(tasks, 1.0)
+    held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=train,
-        eval_dataset={"true": dev, "shuffled": shuffle_audio(dev)},
-        data_collator=SenseCollator(processor, args.prompt, train_cache, args.time_mask),
-        eval_collator=SenseCollator(processor, args.prompt, dev_cache),
+        train_dataset=add_tasks(args, train, tasks, args.tasks, training.seed),
+        eval_dataset={name: add_tasks(args, rows, tasks, once, training.seed) for name, rows in held_out.items()},
+        data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
+        eval_collator=SenseCollator(processor, tasks, dev_cache),
         processing_class=processor,
-        wer_rows=dev.select(range(0, len(dev), max(1, len(dev) // (args.wer_samples or len(dev))))),
+        scored_rows=dev.select(range(0, len(dev), max(1, len(dev) // (args.scored_samples or len(dev))))),
         adapter_learning_rate=args.adapter_learning_rate,
+        max_minutes=args.max_minutes,
     )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad)
+    inference = sum(p.numel() for p in model.trained_state_dict(inference=True).values())
     if PartialState().is_main_process:
-        print(f"trained parameters: {trained:,}; clips: {len(train)}; resuming from: {checkpoint}", flush=True)
+        print(
+            f"trained parameters: {trained:,} (kept for inference: {inference:,}); clips: {len(train)}; "
+            f"rows an epoch: {len(trainer.train_dataset)}; resuming from: {checkpoint}",
+            flush=True,
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() | {"trained_parameters": trained, "train_clips": len(train)}
+    metrics = trainer.evaluate() | {"trained_parameters": inference, "train_clips": len(train)}
     trainer.save_state()
     if trainer.is_world_process_zero():
+        model.remove_classifier()
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
         plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")

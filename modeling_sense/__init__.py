@@ -3,7 +3,13 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq
 
 from .configuration_sense import SenseConfig
-from .modeling_sense import SenseAdapter, SenseForConditionalGeneration, SenseModel, SensePreTrainedModel
+from .modeling_sense import (
+    SenseAdapter,
+    SenseClassifier,
+    SenseForConditionalGeneration,
+    SenseModel,
+    SensePreTrainedModel,
+)
 
 
 AutoConfig.register("sense", SenseConfig)
@@ -11,4 +17,11 @@ AutoModel.register(SenseConfig, SenseModel)
 AutoModelForSpeechSeq2Seq.register(SenseConfig, SenseForConditionalGeneration)
 AutoModelForMultimodalLM.register(SenseConfig, SenseForConditionalGeneration)
 
-__all__ = ["SenseAdapter", "SenseConfig", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]
+__all__ = [
+    "SenseAdapter",
+    "SenseClassifier",
+    "SenseConfig",
+    "SenseForConditionalGeneration",
+    "SenseModel",
+    "SensePreTrainedModel",
+]

@@ -6,6 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 
 AUDIO_TOKEN_MODES = ("trim", "fixed")
+CLASSIFIER_FIELDS = {"labels", "multi_label", "weights", "channels", "alpha"}
 
 
 @strict
@@ -26,13 +27,16 @@ class SenseConfig(PreTrainedConfig):
             `"trim"` keeps the steps that hold speech (our choice), `"fixed"` all of them (the paper's).
         lora (`dict`, *optional*):
             Arguments of `peft.LoraConfig` for the language model, or None. Set by `add_lora`.
+        classifier (`dict`, *optional*):
+            The regulariser of [`SenseClassifier`], or None. Set by `add_classifier`: `labels` (names), `multi_label`,
+            `weights` (one a label, or None), `channels` (of its three convolutions), `alpha` (its share of the loss).
         backbones (`dict`, *optional*):
             Where the frozen weights came from: `{"audio": {"id", "revision"}, "text": {"id", "revision"}}`.
             Set by `from_backbones`.
 
     Raises:
-        ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, or `num_audio_tokens` is not within
-            1 and the encoder's number of frames.
+        ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, `num_audio_tokens` is not within 1 and the
+            encoder's number of frames, or `classifier` lacks a field, has another one, or an alpha outside 0 to 1.
     """
 
     model_type = "sense"
@@ -68,6 +72,7 @@ class SenseConfig(PreTrainedConfig):
     num_audio_tokens: int = 250
     audio_tokens: str = "trim"
     lora: dict | None = None
+    classifier: dict | None = None
     backbones: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -80,6 +85,21 @@ class SenseConfig(PreTrainedConfig):
         frames = self.audio_config.max_source_positions
         if not 1 <= self.num_audio_tokens <= frames:
             raise ValueError(f"num_audio_tokens must be within 1 and {frames}, found {self.num_audio_tokens}")
+        if self.classifier is not None:
+            check_classifier(self.classifier)
+
+
+def check_classifier(classifier: dict):
+    """Raises ValueError for settings of which no [`SenseClassifier`] can be built."""
+    if classifier.keys() != CLASSIFIER_FIELDS:
+        raise ValueError(f"classifier must have the fields {sorted(CLASSIFIER_FIELDS)}, found {sorted(classifier)}")
+    labels, weights = classifier["labels"], classifier["weights"]
+    if not labels:
+        raise ValueError("classifier: labels is empty; name at least one")
+    if weights is not None and len(weights) != len(labels):
+        raise ValueError(f"classifier: {len(weights)} weights for {len(labels)} labels; give one a label")
+    if not 0 <= classifier["alpha"] <= 1:
+        raise ValueError(f"classifier: alpha must be within 0 and 1, found {classifier['alpha']}")
 
 
 __all__ = ["SenseConfig"]

@@ -24,12 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-from .configuration_sense import SenseConfig
+from .configuration_sense import SenseConfig, check_classifier
 
 
 AUDIO_TOKEN = "<|audio|>"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "sense_adapter.json"
+ADAPTER_FIELDS = ("lora", "classifier", "num_audio_tokens", "audio_tokens")  # of SenseConfig, kept with an adapter
 LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj)"  # matched within the language model only, never in Whisper
 AUDIO_INPUTS = ("input_features", "input_features_mask", "pooled_features", "pooled_features_mask")
 
@@ -72,6 +73,81 @@ class SenseAdapter(nn.Module):
         return self.linear(self.norm(pooled.to(self.linear.weight.dtype)))
 
 
+class SenseClassifier(nn.Module):
+    """
+    Regularises the adapter in training (paper: classifier, a 3-layer 2D CNN on the adapter's output): says which
+    entity tags occur in a clip, or which class it has. Kernels, strides and pooling are our choice. It is no part of
+    inference.
+    """
+
+    KERNEL, STRIDE, PADDING = 5, (2, 4), 2  # over (time, hidden size)
+
+    def __init__(self, config: SenseConfig):
+        super().__init__()
+        settings = config.classifier
+        self.multi_label = settings["multi_label"]
+        self.norm = nn.LayerNorm(config.text_config.hidden_size)
+        self.convolutions = nn.ModuleList()
+        channels, width = 1, config.text_config.hidden_size
+        for wider in settings["channels"]:
+            self.convolutions.append(nn.Conv2d(channels, wider, self.KERNEL, self.STRIDE, self.PADDING))
+            channels, width = wider, -(-width // self.STRIDE[1])
+        self.head = nn.Linear(channels * width, len(settings["labels"]))
+
+    def forward(self, audio_embeds: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
+        """
+        Args:
+            audio_embeds (`torch.Tensor` of shape `(clips, audio_tokens, hidden_size)`): the adapter's output, padded.
+            lengths (`torch.LongTensor` of shape `(clips,)`): each clip's audio tokens, one at least.
+
+        Returns:
+            logits `(clips, labels)`; how far a clip is padded does not change them.
+        """
+        hidden = self.norm(audio_embeds.to(self.head.weight.dtype)).unsqueeze(1)  # B x 1 x T x H
+        hidden = hidden * self._mask(hidden, lengths)
+        for convolution in self.convolutions:
+            lengths = -(-lengths // self.STRIDE[0])
+            hidden = nn.functional.gelu(convolution(hidden))
+            hidden = hidden * self._mask(hidden, lengths)  # else the bias would leak in from the padding
+        pooled = hidden.sum(2) / lengths.view(-1, 1, 1)  # mean over the clip's own time: B x C x W
+        return self.head(pooled.flatten(1))
+
+    @staticmethod
+    def _mask(hidden: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
+        valid = torch.arange(hidden.shape[2], device=hidden.device) < lengths[:, None]
+        return valid[:, None, :, None].to(hidden.dtype)
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        num_clips: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """
+        Binary cross-entropy of each tag (present or not), or cross-entropy of the class; mean over the clips.
+
+        Args:
+            logits (`torch.Tensor` of shape `(clips, labels)`).
+            labels (`torch.Tensor`): 0 or 1 of shape `(clips, labels)`, or the class of shape `(clips,)`;
+                -100 for a clip without a label, which does not count.
+            weights (`torch.Tensor` of shape `(labels,)`, *optional*): of the tags where they are present, or of the
+                classes.
+            num_clips (*optional*): labelled clips in all parts of an accumulated batch, on all processes; those of
+                this batch by default.
+        """
+        known = (labels[:, 0] if self.multi_label else labels) != -100
+        logits, labels = logits[known], labels[known]
+        if self.multi_label:
+            # `weights` is on the present tags alone: weighing their absence too would teach "absent" all the more.
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, labels.to(logits.dtype), pos_weight=weights, reduction="none"
+            ).mean(1)
+        else:
+            losses = nn.functional.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
+        return losses.sum() / (known.sum().clamp(min=1) if num_clips is None else num_clips)
+
+
 @dataclass
 class SenseModelOutputWithPast(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` and `audio_hidden_states` `(audio tokens in the batch, hidden_size)`."""
@@ -90,7 +166,7 @@ class SensePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # What is trained stays in fp32 beside a bf16 backbone: Adam's small steps vanish in bf16.
-    _keep_in_fp32_modules_strict = ["multi_modal_projector", "lora_A", "lora_B"]
+    _keep_in_fp32_modules_strict = ["multi_modal_projector", "lora_A", "lora_B", "classifier"]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -100,7 +176,7 @@ class SensePreTrainedModel(PreTrainedModel):
         return loaded
 
     def freeze_backbones(self):
-        """Leaves the adapter and, where there is one, LoRA trainable; everything else frozen."""
+        """Leaves the adapter and, where there are, LoRA and classifier trainable; everything else frozen."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(name))
 
@@ -251,6 +327,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SenseModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.classifier = None if config.classifier is None else SenseClassifier(config)
         self.post_init()
         self.freeze_backbones()
 
@@ -276,6 +353,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        classifier_labels: torch.Tensor | None = None,
+        num_clips_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -286,6 +365,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): -100 where nothing is to be learnt.
+            classifier_labels (`torch.Tensor`, *optional*):
+                See [`SenseClassifier.loss`]. Used in training alone, by a model that has a classifier, with one clip
+                a prompt: the loss is then `(1 - alpha) * LLM + alpha * classifier` (paper: L).
+            num_clips_in_batch (*optional*):
+                Clips with such a label in the whole accumulated batch; `num_items_in_batch` is the same of tokens.
             logits_to_keep (`int` or `torch.Tensor`, *optional*): the last so many positions; 0 for all.
             skip_logits (`bool`, *optional*):
                 With `labels`, compute logits where a label stands only, and return none. Defaults to True in training.
@@ -312,6 +396,13 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states[:, keep])
         if labels is not None:
             loss = self._label_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
+            if self.training and self.classifier is not None and classifier_labels is not None:
+                counts = (input_ids == self.config.audio_token_id).sum(1)
+                extra = self._classifier_loss(
+                    outputs.audio_hidden_states, counts, classifier_labels, num_clips_in_batch
+                )
+                alpha = self.config.classifier["alpha"]
+                loss = (1 - alpha) * loss + alpha * extra.to(loss.device)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -331,6 +422,14 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch,
             shift_labels=shifted[keep],
         )
+
+    def _classifier_loss(self, audio_embeds, counts, labels, num_clips) -> torch.Tensor:
+        """`audio_embeds` are the clips' embeddings one below the other, `counts` of them each."""
+        clips = nn.utils.rnn.pad_sequence(audio_embeds.split(counts.tolist()), batch_first=True)
+        weights = self.config.classifier["weights"]
+        if weights is not None:
+            weights = torch.tensor(weights, device=clips.device, dtype=self.classifier.head.weight.dtype)
+        return self.classifier.loss(self.classifier(clips, counts), labels, weights, num_clips)
 
     # ---------------------------------------------------------------- generation
 
@@ -428,12 +527,14 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         shared = {"dtype": dtype or torch.float32}
         encoder = _load_encoder(audio, revisions.get("audio", "main"), shared)
         lm, audio_token_id = _load_language_model(text, revisions.get("text", "main"), shared)
-        sources = {"audio": audio, "text": text}
         config = SenseConfig(
             audio_config=encoder.config,
             text_config=lm.config,
             audio_token_id=audio_token_id,
-            backbones={k: {"id": str(v), "revision": revisions.get(k)} for k, v in sources.items()},
+            backbones={
+                name: {"id": str(source), "revision": revisions.get(name) or getattr(part, "_commit_hash", None)}
+                for name, source, part in (("audio", audio, encoder.config), ("text", text, lm.config))
+            },
             **config_kwargs,
         )
         # Built on the meta device, then given the real parts: no second copy of the weights is ever made.
@@ -469,13 +570,64 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.config.lora = lora
         self.freeze_backbones()
 
-    def trained_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights that training changes: adapter and LoRA, by name."""
-        return {k: v.detach().cpu().contiguous() for k, v in self.named_parameters() if is_trained(k)}
+    def merge_adapter(self):
+        """
+        Adds LoRA's product to the language model's weights and drops its layers: one matrix less to multiply by. From
+        now on the language model is another one than the backbone, so that only `save_pretrained` can keep it.
+
+        Raises:
+            ValueError: there is no LoRA to merge.
+        """
+        if self.config.lora is None:
+            raise ValueError("this model has no LoRA to merge")
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in list(self.model.language_model.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge(safe_merge=True)
+                self.model.language_model.set_submodule(name, module.get_base_layer())
+        self.config.backbones = {**(self.config.backbones or {}), "merged_lora": self.config.lora}
+        self.config.lora = None
+        self._fingerprint = None
+
+    def add_classifier(
+        self,
+        labels: list[str],
+        multi_label: bool = True,
+        weights: list[float] | None = None,
+        alpha: float = 0.2,
+        channels: tuple[int, int, int] = (16, 32, 32),
+    ):
+        """
+        Puts a new [`SenseClassifier`] on the adapter's output, for training; one that is there is replaced.
+
+        Args:
+            labels: entity tags, or the classes of the sentiment.
+            multi_label: any number of `labels` holds for a clip (tags), not exactly one (classes).
+            weights: one a label, see [`SenseClassifier.loss`].
+            alpha: the classifier's share of the loss. The paper's is 0.2.
+        """
+        settings = {"labels": list(labels), "multi_label": multi_label, "weights": weights}
+        settings |= {"alpha": alpha, "channels": list(channels)}
+        check_classifier(settings)
+        self.config.classifier = settings
+        self.classifier = SenseClassifier(self.config).to(self.device)
+
+    def remove_classifier(self):
+        """Drops the classifier, for inference needs none."""
+        self.config.classifier = self.classifier = None
+
+    def trained_state_dict(self, inference: bool = False) -> dict[str, torch.Tensor]:
+        """The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier."""
+        return {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.named_parameters()
+            if is_trained(name) and not (inference and name.startswith("classifier."))
+        }
 
     def backbone_fingerprint(self) -> str:
         """SHA-256 over the frozen weights rounded to bf16, so that the dtype they are held in does not matter."""
-        if not hasattr(self, "_fingerprint"):
+        if getattr(self, "_fingerprint", None) is None:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.named_parameters()):
                 if not is_trained(name):
@@ -485,28 +637,36 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def save_adapter(self, folder: str | os.PathLike):
-        """Writes what was trained only (adapter, LoRA), with the backbones' ids, revisions and fingerprint."""
+    def save_adapter(self, folder: str | os.PathLike, inference: bool = False):
+        """
+        Writes what was trained only (adapter, LoRA, classifier), with the backbones' ids, revisions and fingerprint.
+
+        Args:
+            inference: leave the classifier out.
+
+        Raises:
+            ValueError: LoRA was merged into the language model.
+        """
         from safetensors.torch import save_file
 
+        if "merged_lora" in (self.config.backbones or {}):
+            raise ValueError("LoRA was merged into the language model, which an adapter can't hold: save_pretrained()")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {
-            "backbones": self.config.backbones,
-            "fingerprint": self.backbone_fingerprint(),
-            "lora": self.config.lora,
-            "num_audio_tokens": self.config.num_audio_tokens,
-            "audio_tokens": self.config.audio_tokens,
-        }
+        about = {"backbones": self.config.backbones, "fingerprint": self.backbone_fingerprint()}
+        about |= {field: getattr(self.config, field) for field in ADAPTER_FIELDS}
+        if inference:
+            about["classifier"] = None
         weights, settings = folder / f".{ADAPTER_WEIGHTS}.tmp", folder / f".{ADAPTER_CONFIG}.tmp"
-        save_file(self.trained_state_dict(), weights, metadata={"format": "pt"})
+        save_file(self.trained_state_dict(inference), weights, metadata={"format": "pt"})
         settings.write_text(json.dumps(about, indent=2) + "\n")
         os.replace(weights, folder / ADAPTER_WEIGHTS)
         os.replace(settings, folder / ADAPTER_CONFIG)
 
     def load_adapter(self, folder: str | os.PathLike):
         """
-        Reads what `save_adapter` wrote into this model, strictly.
+        Reads what `save_adapter` wrote into this model, strictly. LoRA and a classifier that are there and not in
+        this model are added to it.
 
         Raises:
             ValueError: other backbones or settings, or a tensor that is missing, unexpected or of another shape.
@@ -514,19 +674,20 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no adapter folder: it has no {name}")
-        about = json.loads((folder / ADAPTER_CONFIG).read_text())
+        about = read_adapter_config(folder)
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_WEIGHTS}")
+        if about["fingerprint"] != self.backbone_fingerprint():
+            raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
         if about["lora"] is not None and self.config.lora is None:
             self.add_lora(**about["lora"])
-        for field in ("lora", "num_audio_tokens", "audio_tokens"):
+        if about["classifier"] is not None and self.config.classifier is None:
+            self.add_classifier(**about["classifier"])
+        for field in ADAPTER_FIELDS:
             if about[field] != getattr(self.config, field):
                 raise ValueError(
                     f"{folder}: {field} is {about[field]!r} there, {getattr(self.config, field)!r} in this model"
                 )
-        if about["fingerprint"] != self.backbone_fingerprint():
-            raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
         state, mine = load_file(folder / ADAPTER_WEIGHTS), self.trained_state_dict()
         missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         shapes = [k for k in state.keys() & mine.keys() if state[k].shape != mine[k].shape]
@@ -535,9 +696,23 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.load_state_dict(state, strict=False)
 
 
+def read_adapter_config(folder: str | os.PathLike) -> dict:
+    """
+    What `save_adapter` says of an adapter: backbones, fingerprint and settings.
+
+    Raises:
+        ValueError: `folder` is no adapter folder.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}")
+    about = json.loads(path.read_text())
+    return {"classifier": None, **about}  # older folders do not know of classifiers
+
+
 def is_trained(name: str) -> bool:
-    """Whether training changes the parameter of this name (adapter, LoRA); all others are backbone."""
-    return "multi_modal_projector." in name or ".lora_" in name
+    """Whether training changes the parameter of this name (adapter, LoRA, classifier); all others are backbone."""
+    return "multi_modal_projector." in name or ".lora_" in name or name.startswith("classifier.")
 
 
 def inject_lora(language_model: nn.Module, lora: dict):
@@ -597,4 +772,4 @@ def _generation_config(lm: PreTrainedModel, audio_token_id: int) -> GenerationCo
     return ours
 
 
-__all__ = ["SenseAdapter", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]
+__all__ = ["SenseAdapter", "SenseClassifier", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]

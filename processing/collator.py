@@ -1,6 +1,7 @@
 """Rows -> batch: the prompt with its audio, the answer and its labels."""
 
 import random
+from collections import Counter
 
 import torch
 from transformers import BatchFeature
@@ -8,6 +9,7 @@ from transformers import BatchFeature
 from .augmentation import mask_time
 from .encoder_cache import EncoderCache
 from .processing_sense import SenseProcessor, load_audio
+from .tasks import Task
 
 
 class SenseCollator:
@@ -16,19 +18,27 @@ class SenseCollator:
 
     Args:
         processor: the model's processor.
-        prompt: the instruction, such as "Transcribe the speech.".
+        tasks: by name, as `make_tasks` gives them. A row's `task` column says which one it is for.
         cache: pooled encoder output of the same rows (their `cache_index` column), or None: rows are then decoded
             and their mel features computed here.
         time_mask: share of each clip's audio tokens that training hides, in spans (needs the cache); 0 for none.
+        classifier: the model's `config.classifier`, or None; adds `classifier_labels`.
     """
 
     def __init__(
-        self, processor: SenseProcessor, prompt: str, cache: EncoderCache | None = None, time_mask: float = 0.0
+        self,
+        processor: SenseProcessor,
+        tasks: dict[str, Task],
+        cache: EncoderCache | None = None,
+        time_mask: float = 0.0,
+        classifier: dict | None = None,
     ):
         self.processor = processor
-        self.prompt = processor.build_prompt(prompt)
+        self.tasks = tasks
+        self.prompts = {name: processor.build_prompt(task.prompt) for name, task in tasks.items()}
         self.cache = cache
         self.time_mask = time_mask
+        self.classifier = classifier
 
     def __call__(self, rows: list[dict]) -> BatchFeature:
         """
@@ -38,8 +48,12 @@ class SenseCollator:
             `pooled_features_mask`.
         """
         audio, num_tokens = self._pooled(rows) if self.cache else self._features(rows)
-        prompts = [self.processor.expand_audio(self.prompt, [n]) for n in num_tokens]
-        return BatchFeature({**self._tokens(prompts, [row["text"] for row in rows]), **audio})
+        prompts = [self.processor.expand_audio(self.prompts[row["task"]], [n]) for row, n in zip(rows, num_tokens)]
+        answers = [self.tasks[row["task"]].target(row) for row in rows]
+        extra = {}
+        if self.classifier is not None:
+            extra["classifier_labels"] = torch.tensor([classifier_label(row, self.classifier) for row in rows])
+        return BatchFeature({**self._tokens(prompts, answers), **audio, **extra})
 
     def _features(self, rows: list[dict]) -> tuple[dict, list[int]]:
         clips = [load_audio(row["audio"]) for row in rows]
@@ -67,3 +81,26 @@ class SenseCollator:
             "attention_mask": torch.tensor([[0] * p + [1] * (length - p) for p in pads]),
             "labels": torch.tensor([[-100] * (p + len(a)) + s for p, a, s in triples]),
         }
+
+
+def classifier_label(row: dict, classifier: dict) -> list[int] | int:
+    """
+    What `SenseClassifier` learns of a row: for tags 0 or 1 each, for classes the index; -100 where it has no label.
+    """
+    labels = classifier["labels"]
+    if not classifier["multi_label"]:
+        return labels.index(row["sentiment"]) if row["sentiment"] in labels else -100
+    if row["entities"] is None:
+        return [-100] * len(labels)
+    present = {tag for tag, _, _ in row["entities"]}
+    return [int(label in present) for label in labels]
+
+
+def tag_weights(rows, tags: list[str], most: float) -> list[float]:
+    """
+    Weight of each tag: all tags / tags of that class, over the entities of `rows` (paper: classifier), no more than
+    `most`, which a tag that never occurs gets.
+    """
+    counts = Counter(tag for row in rows for tag, _, _ in row["entities"] or [])
+    total = sum(counts[tag] for tag in tags)
+    return [min(most, total / counts[tag]) if counts[tag] else most for tag in tags]

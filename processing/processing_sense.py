@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 
 AUDIO_TOKEN = "<|audio|>"
 MAX_SECONDS = 30
-TRANSCRIBE = "Transcribe the speech."
+PROMPTS = {"asr": "Transcribe the speech."}  # of a processor that was not told any
 
 # Put before the LLM's own chat template: it turns list content into the plain strings that every template knows,
 # audio first, then the text parts, one a line.
@@ -170,7 +170,8 @@ class SenseProcessor(ProcessorMixin):
         chat_template: Jinja template; by default the tokenizer's own, taught to read audio content.
         num_audio_tokens: audio tokens of a clip of 30 s.
         audio_tokens: `"trim"` keeps the audio tokens that hold speech, `"fixed"` all of them.
-        prompt: the instruction that the model was trained with, saved with it: another one costs accuracy.
+        prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
+            speech."}`, saved with it: another one costs accuracy.
 
     Raises:
         ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens` or `audio_tokens` is out of range.
@@ -185,7 +186,7 @@ class SenseProcessor(ProcessorMixin):
         chat_template: str | None = None,
         num_audio_tokens: int = 250,
         audio_tokens: str = "trim",
-        prompt: str = TRANSCRIBE,
+        prompts: dict[str, str] | None = None,
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
@@ -196,7 +197,7 @@ class SenseProcessor(ProcessorMixin):
             raise ValueError(f"audio_tokens {audio_tokens!r}: give 'trim' or 'fixed'")
         self.num_audio_tokens = num_audio_tokens
         self.audio_tokens = audio_tokens
-        self.prompt = prompt
+        self.prompts = dict(prompts or PROMPTS)
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         tokenizer.padding_side = "left"
@@ -206,7 +207,12 @@ class SenseProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls, audio: str, text: str, num_audio_tokens: int = 250, audio_tokens: str = "trim", prompt: str = TRANSCRIBE
+        cls,
+        audio: str,
+        text: str,
+        num_audio_tokens: int = 250,
+        audio_tokens: str = "trim",
+        prompts: dict[str, str] | None = None,
     ) -> "SenseProcessor":
         """
         A processor for a Whisper encoder and an LLM, each a Hub id or a folder.
@@ -226,7 +232,7 @@ class SenseProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
         tokens = {"num_audio_tokens": num_audio_tokens, "audio_tokens": audio_tokens}
-        return cls(feature_extractor, tokenizer, prompt=prompt, **tokens)
+        return cls(feature_extractor, tokenizer, prompts=prompts, **tokens)
 
     def num_tokens(self, num_samples: int) -> int:
         """Audio tokens of a clip of `num_samples` samples at the feature extractor's rate."""
@@ -322,17 +328,27 @@ class SenseProcessor(ProcessorMixin):
             )
         return prompt
 
+    def apply_request(self, audios, task: str = "asr", sampling_rate: int | None = None) -> BatchFeature:
+        """
+        Model inputs (see `__call__`) that put the question of `task` to each clip, one clip or a list, in one batch.
+
+        Raises:
+            ValueError: the model was not trained for the task: `prompts` does not have it.
+        """
+        if task not in self.prompts:
+            raise ValueError(f"there is no prompt for task {task!r}; this model was trained for {list(self.prompts)}")
+        clips = as_clips(audios)
+        text = [self.build_prompt(self.prompts[task])] * len(clips)
+        return self(audio=clips, text=text, sampling_rate=sampling_rate)
+
     def apply_transcription_request(
         self, audios, prompt: str | None = None, sampling_rate: int | None = None
     ) -> BatchFeature:
-        """
-        Model inputs (see `__call__`) that ask for the transcript of each clip, one clip or a list, in one batch;
-        by default with the prompt that the model was trained with.
-        """
+        """As transformers' audio models have it: `apply_request` for the transcript, or for a `prompt` of your own."""
+        if prompt is None:
+            return self.apply_request(audios, "asr", sampling_rate)
         clips = as_clips(audios)
-        return self(
-            audio=clips, text=[self.build_prompt(prompt or self.prompt)] * len(clips), sampling_rate=sampling_rate
-        )
+        return self(audio=clips, text=[self.build_prompt(prompt)] * len(clips), sampling_rate=sampling_rate)
 
     def apply_chat_template(
         self, conversation, chat_template: str | None = None, tokenize: bool = False, sampling_rate=None, **kwargs

@@ -14,6 +14,15 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 from matplotlib import pyplot as plt  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from .scoring import HEADLINES  # noqa: E402
+from .tasks import SENTIMENTS  # noqa: E402
+
+
+TITLES = {"wer_normalized": "WER, normalised", "ner_f1_normalized": "NER F1, normalised"}
 
 
 def plot_training(runs: dict[str, list[dict]], path: str | os.PathLike):
@@ -40,10 +49,131 @@ def plot_training(runs: dict[str, list[dict]], path: str | os.PathLike):
     errors.set(xlabel="step", ylabel="WER, %", title="Word error rate, held out, greedy", ylim=(0, None))
     figure.legend(*losses.get_legend_handles_labels(), ncols=3, fontsize="small", loc="outside lower center")
     errors.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure, path: str | os.PathLike):
+    """Writes a PNG, to a temporary name first."""
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def write_text(path: Path, content: str):
+    """Writes to a temporary name first: a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
+    """
+    Writes what eval_sense.py found to `folder`: metrics.json, utterances.jsonl, results.md, sentiment.png; prints it.
+
+    Args:
+        metrics: of `processing.scoring.score`, and `controls`, the same of other systems by name.
+        table: one dict an utterance, see `eval_sense.utterance_table`.
+        show: how many of the worst utterances to print.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    systems = {"SENSE": metrics, **metrics["controls"]}
+    headers, rows = comparison(systems)
+    write_text(folder / "results.md", markdown_table(headers, rows) + "\n")
+    if show:
+        worst = [
+            [f"{row['wer']:.0f}", row["reference"], row.get("asr", row.get("ner"))] for row in table if "wer" in row
+        ]
+        _print_table(
+            f"worst {min(show, len(worst))} of {len(table)} utterances", ["WER %", "said", "heard"], worst[:show]
+        )
+    if "ner_per_tag" in metrics:
+        _print_table("entities, by tag", *tag_table(metrics["ner_per_tag"]))
+    if "sa_confusion" in metrics:
+        _print_table("sentiment: said (rows), heard (columns)", *confusion_table(metrics["sa_confusion"]))
+        plot_confusion(metrics["sa_confusion"], folder / "sentiment.png")
+    _print_table("per cent [95 % interval, bootstrap over utterances]", headers, rows)
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            print(f"{name:28} {value:.2f}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def comparison(systems: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table of systems, metrics with their intervals."""
+    columns = [key for key in HEADLINES if any(key in metrics for metrics in systems.values())]
+    rows = []
+    for name, metrics in systems.items():
+        cells = []
+        for key in columns:
+            low, high = metrics.get(f"{key}_interval", (0, 0))
+            cells.append(f"{metrics[key]:.1f} [{low:.1f}, {high:.1f}]" if key in metrics else "-")
+        rows.append([name, *cells])
+    return ["", *(HEADLINES[key] for key in columns)], rows
+
+
+def tag_table(per_tag: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the entities' scores by tag, in per cent."""
+    keys = ("precision", "recall", "f1", "label_f1")
+    rows = [
+        [tag, str(found["support"]), str(found["predicted"]), *(f"{100 * found[key]:.1f}" for key in keys)]
+        for tag, found in sorted(per_tag.items())
+    ]
+    return ["tag", "said", "heard", "precision", "recall", "F1", "label-F1"], rows
+
+
+def confusion_table(cells: list[list[int]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a confusion of sentiments: said by row, heard by column, the last one unreadable answers."""
+    rows = [[name, *map(str, row)] for name, row in zip(SENTIMENTS, cells)]
+    return ["", *SENTIMENTS, "unreadable"], rows
+
+
+def plot_confusion(cells: list[list[int]], path: str | os.PathLike):
+    """Draws a confusion of sentiments, as `confusion_table` has it, to a PNG; colours are shares of each row."""
+    headers, rows = confusion_table(cells)
+    shares = [[cell / max(1, sum(row)) for cell in row] for row in cells]
+    figure, axes = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(cells):
+        for x, cell in enumerate(row):
+            axes.text(x, y, str(cell), ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
+    axes.set_xticks(range(len(headers) - 1), headers[1:])
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set(xlabel="heard", ylabel="said", title="Sentiment")
+    _save(figure, path)
+
+
+def plot_comparison(systems: dict[str, dict], path: str | os.PathLike):
+    """Draws the metrics of systems by name, as `comparison` lists them, with their intervals, to a PNG."""
+    keys = [key for key in HEADLINES if all(key in metrics for metrics in systems.values())]
+    height = 1.2 + 0.35 * len(systems)
+    figure, panels = plt.subplots(
+        1, len(keys), figsize=(2 + 2 * len(keys), height), sharey=True, layout="constrained", squeeze=False
+    )
+    places = range(len(systems))
+    for axes, key in zip(panels[0], keys):
+        for place, metrics in zip(places, systems.values()):
+            low, high = metrics[f"{key}_interval"]
+            axes.plot([low, high], [place, place], color="C0", linewidth=2)
+            axes.plot(metrics[key], place, "o", color="C0")
+        axes.set(title=TITLES.get(key, HEADLINES[key]), xlabel="%")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(places, list(systems))
+    panels[0][0].invert_yaxis()
+    _save(figure, path)
+
+
+def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _print_table(title: str, headers: list[str], rows: list[list[str]]):
+    view = Table(*headers, title=title)
+    for row in rows:
+        view.add_row(*(escape(cell) for cell in row))
+    Console(width=None if os.isatty(1) else 160).print(view)
 
 
 def _curve(history: list[dict], key: str) -> tuple[list[int], list[float]]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval_sense import answer_limit, load_checkpoint  # noqa: E402
+from eval_sense import load_checkpoint  # noqa: E402
 from processing import load_audio  # noqa: E402
+from processing.tasks import TASKS  # noqa: E402
 
 
 def what_was_said(clip: Path) -> str | None:
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     model, processor = load_checkpoint(args.model)
     waves = [load_audio(clip) for clip in args.clips]
     inputs = processor.apply_transcription_request(waves).to(model.device)
-    output = model.generate(**inputs, num_beams=args.num_beams, max_new_tokens=answer_limit(waves))
+    limit = TASKS["asr"].most_tokens(max(len(wave) for wave in waves) / 16000)
+    output = model.generate(**inputs, num_beams=args.num_beams, max_new_tokens=limit)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for clip, answer in zip(args.clips, answers):
         said = what_was_said(clip)

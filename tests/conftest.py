@@ -42,14 +42,20 @@ def tone(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
 
 
 def make_corpus(number: int) -> datasets.Dataset:
-    """Rows in the project's schema: tones of 0.5 to 1.5 s, with texts of two to four words."""
+    """
+    Rows in the project's schema: tones of 0.5 to 1.5 s, with texts of two to four words, of which the first may be an
+    entity, and a sentiment, but in one row of eight.
+    """
     words = ["the", "user", "speaks", "and", "transcribe"]
+    sentiments = ["Neutral", "Positive", "Neutral", "Negative"]
     rows = []
     for i in range(number):
         clip = tone(0.5 + 0.25 * (i % 5), seed=i)
         text = " ".join(words[(i + k) % 5] for k in range(2 + i % 3))
-        rows.append({"id": f"clip-{i}", "audio": {"bytes": wav(clip), "path": None}, "text": text, "entities": []})
-        rows[-1] |= {"sentiment": None, "language": "en", "duration": len(clip) / 16000}
+        rows.append({"id": f"clip-{i}", "audio": {"bytes": wav(clip), "path": None}, "text": text})
+        rows[-1] |= {"entities": [[["PERSON", "PLACE"][i % 2], 0, len(text.split()[0])]] if i % 3 else []}
+        rows[-1] |= {"sentiment": None if i % 8 == 7 else sentiments[i % 4]}
+        rows[-1] |= {"language": "en", "duration": len(clip) / 16000}
     stored = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
     return stored.cast_column("audio", SCHEMA["audio"])
 
@@ -68,9 +74,8 @@ def write_corpus(folder: Path, **splits: int) -> str:
         lines = []
         for row in make_corpus(number):
             (folder / split / f"{row['id']}.wav").write_bytes(row["audio"]["bytes"])
-            lines.append(
-                json.dumps({"file_name": f"{row['id']}.wav", "text": row["text"], "duration": row["duration"]})
-            )
+            kept = {name: row[name] for name in ("text", "duration", "entities", "sentiment")}
+            lines.append(json.dumps({"file_name": f"{row['id']}.wav", **kept}))
         (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import spacy
 import torch
+from safetensors.torch import load_file
 
 import eval_sense
 import train_sense
@@ -120,6 +122,10 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("- 1", "must hold `field: value` lines, found list"),
         ("time_mask: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
         ("audio_tokens: trim", "dataset_dir is missing"),
+        ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
+        ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
+        ("dataset_dir: x\ntasks: asr", "not JSON"),
+        ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(tmp_path, content, message):
@@ -135,18 +141,15 @@ def test_missing_recipe_is_named():
 
 
 def test_command_line_wins_over_the_recipe(recipe):
-    args, training = train_sense.parse_recipe([recipe(), "--learning_rate", "5e-4", "--prompt", "Write it down."])
-    assert training.learning_rate == 5e-4 and args.prompt == "Write it down."
+    args, training = train_sense.parse_recipe([recipe(), "--learning_rate", "5e-4", "--prompts", '{"asr": "Write."}'])
+    assert training.learning_rate == 5e-4 and args.prompts == {"asr": "Write."}
 
 
 def test_wrong_column_names_those_present(recipe):
-    with pytest.raises(ValueError, match="no text column 'words'; it has 'file_name', 'text', 'duration'"):
+    with pytest.raises(
+        ValueError, match="no text column 'words'; it has 'file_name', 'text', 'duration', 'entities', 'sentiment'"
+    ):
         train_sense.main([recipe(text_column="words")])
-
-
-def test_score_counts_words():
-    scores = eval_sense.score(["the colour of the sea", "it is ten"], ["The color of the sea.", "it is 10"])
-    assert scores["wer"] == pytest.approx(100 * 4 / 8) and scores["wer_normalized"] == 0
 
 
 def test_shuffling_pairs_every_clip_with_another_text():
@@ -154,12 +157,128 @@ def test_shuffling_pairs_every_clip_with_another_text():
     shuffled = eval_sense.shuffle_audio(dataset)
     assert list(shuffled["id"]) == list(dataset["id"])
     assert all(a != b for a, b in zip(dataset["text"], shuffled["text"]))
-    assert sorted(dataset["text"]) == sorted(shuffled["text"])
+    labels = [[list(rows[name]) for name in ("text", "entities", "sentiment")] for rows in (dataset, shuffled)]
+    assert [column[1:] + column[:1] for column in labels[0]] == labels[1]
 
 
 def launch(number, script, *args):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(number)]
+    """On `number` processes on the CPU: `accelerate launch` starts no more than one there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     subprocess.run([*command, str(ROOT / script), *args], env=ENVIRONMENT, check=True, timeout=300)
+
+
+ALL_TASKS = {
+    "tasks": {"asr": 1, "ner": 2, "sa": 1},
+    "prompts": {"asr": "Transcribe.", "ner": "Tag the entities.", "sa": "Which sentiment?"},
+}
+
+
+@pytest.fixture
+def text_tools(monkeypatch):
+    """A tagger of this corpus's words in the place of spaCy's model."""
+    nlp = spacy.blank("en")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "GPE", "pattern": "user"}])
+    monkeypatch.setattr(eval_sense.SpacyTagger, "from_pretrained", lambda: eval_sense.SpacyTagger(nlp))
+
+
+def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, capsys, text_tools):
+    metrics = train_sense.main([recipe(**ALL_TASKS, classifier="ner", balance_classes=True)])
+    assert {"eval_wer", "eval_ner_f1", "eval_ner_label_f1", "eval_ner_malformed_rate", "eval_sa_f1"} <= metrics.keys()
+    model, processor = eval_sense.load_checkpoint(str(tmp_path / "out"))
+    assert model.classifier is None and processor.prompts == ALL_TASKS["prompts"]
+    checkpoint = json.loads((tmp_path / "out" / "checkpoint-4" / "sense_adapter.json").read_text())
+    assert checkpoint["classifier"]["labels"][0] == "WHEN" and len(checkpoint["classifier"]["weights"]) == 7
+    assert "classifier's tag weights (at most 20): WHEN 20.0" in capsys.readouterr().out
+
+    out = tmp_path / "scored"
+    scored = eval_sense.main(
+        ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(out)]
+        + ["--controls", "gold", "majority", "--shuffled_control"]
+    )
+    for name in ("wer", "ner_f1", "ner_label_f1", "sa_f1"):
+        low, high = scored[f"{name}_interval"]
+        assert low <= scored[name] <= high
+    controls = scored["controls"]
+    assert list(controls) == ["true text, then spaCy / VADER", "true text, then the same LLM", "always Neutral"]
+    assert controls["true text, then spaCy / VADER"]["ner_wer"] == 0
+    assert controls["always Neutral"]["sa_accuracy"] == 60  # of five rows three
+    table = (out / "results.md").read_text().splitlines()
+    assert table[0].startswith("|  | WER | normalised | NER F1") and len(table) == 2 + 1 + 3
+    assert table[-1].startswith("| always Neutral | - | - | - ") and "[" in table[-1]
+    assert (out / "sentiment.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (out / "utterances.jsonl").read_text().splitlines()]
+    assert {"asr", "ner", "sa", "entities", "reference_entities", "reference_sentiment"} <= rows[0].keys()
+
+
+def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
+    train_sense.main([recipe(**ALL_TASKS, max_steps=1)])
+    model, processor = eval_sense.load_checkpoint(str(tmp_path / "out"))
+    encoded = []
+    model.model.audio_tower.register_forward_hook(lambda _, __, output: encoded.append(len(output[0])))
+    rows = eval_sense.load_corpus(corpus, "test")
+    answers = eval_sense.understand(model, processor, rows, ["asr", "ner", "sa"], num_beams=3, batch_size=2)
+    assert sum(encoded) == len(rows) == 5
+    assert answers["ner"] == eval_sense.understand(model, processor, rows, ["ner"], num_beams=3)["ner"]
+
+
+def test_trained_for_entities_alone_still_answers_what_can_be_read(recipe, corpus, tmp_path):
+    train_sense.main([recipe(tasks={"ner": 1}, prompts={"ner": "Tag."}, max_steps=1)])
+    asked = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    scored = eval_sense.main(asked)
+    assert 0 <= scored["ner_malformed_rate"] <= 100 and "wer" not in scored and "ner_wer" in scored
+    with pytest.raises(ValueError, match="task 'sa' has no prompt; the prompts are for ner"):
+        eval_sense.main([*asked, "--tasks", "ner", "sa"])
+
+
+def test_stages_go_on_from_an_output_folder_or_a_checkpoint(recipe, tmp_path):
+    """A learning rate of 0 shows what a stage began with."""
+
+    def trained(folder):
+        return train_sense.SenseForConditionalGeneration.from_pretrained(folder).trained_state_dict()
+
+    first, second = tmp_path / "out", tmp_path / "second"
+    train_sense.main([recipe(lora_r=4, **ALL_TASKS, classifier="ner")])
+    for source in (first, first / "checkpoint-4"):
+        stage = {"init_from": str(source), "lora_r": 4, "learning_rate": "0.0", "output_dir": str(second)}
+        train_sense.main([recipe(**stage, **ALL_TASKS, classifier="sa", max_steps=1, save_strategy="no")])
+        for name, weight in trained(second).items():
+            assert torch.equal(weight, trained(first)[name]), name
+    with pytest.raises(ValueError, match=r"has LoRA .* the recipe says lora_r: 0"):
+        train_sense.main([recipe(init_from=str(first))])
+    with pytest.raises(ValueError, match="num_audio_tokens is 250 there, 125 in the recipe"):
+        train_sense.main([recipe(init_from=str(first), lora_r=4, num_audio_tokens=125)])
+
+
+def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tmp_path):
+    endless = {"max_steps": 100_000, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "no"}
+    train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert 1 <= state["global_step"] < 1000 and rates[-1] < 1e-3
+    assert state["stateful_callbacks"]["TimeBudget"]["attributes"]["seconds"] > 1.2
+    # Started again, it finds its budget spent.
+    train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
+    again = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert again["global_step"] <= state["global_step"] + 1
+
+
+@pytest.mark.parametrize("classifier", [None, "ner", "sa"])
+def test_accumulated_and_shared_out_steps_have_the_gradients_of_the_full_batch(recipe, tmp_path, classifier):
+    """Eight rows in one step: at once, in two parts, on two processes, on two processes in two parts."""
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "warm_start": False, "lora_r": 4, "save_strategy": "no"}
+    settings |= {"classifier": classifier, "eval_strategy": "no"}
+    path, found = recipe(**settings, **ALL_TASKS), []
+    for processes, batch, parts in ((1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2)):
+        out = tmp_path / f"{processes}-{parts}.safetensors"
+        sizes = ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(parts)]
+        launch(processes, "tests/gradient_probe.py", str(out), path, *sizes)
+        found.append(load_file(out))
+    assert any(name.startswith("classifier.") for name in found[0]) == (classifier is not None)
+    assert all(value.abs().sum() > 0 for name, value in found[0].items() if "lora_A" not in name)  # B starts at 0
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in other.items():
+            torch.testing.assert_close(value, found[0][name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_two_processes_train_and_score_as_one(recipe, corpus, tmp_path):

@@ -6,9 +6,13 @@ import torch
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, load_audio
 from processing.augmentation import change_speed, mask_time
-from processing.collator import SenseCollator
+from processing.collator import SenseCollator, classifier_label, tag_weights
 from processing.encoder_cache import EncoderCache, build_cache
+from processing.tasks import make_tasks
 from tests.conftest import make_corpus, tone
+
+
+TASKS = make_tasks({"asr": "Transcribe the speech.", "ner": "Tag the entities.", "sa": "Which sentiment?"})
 
 
 @pytest.fixture
@@ -21,12 +25,12 @@ def sense(tiny_whisper, tiny_llama):
 @pytest.fixture
 def corpus():
     dataset = make_corpus(6)
-    return dataset.add_column("cache_index", list(range(len(dataset))))
+    return dataset.add_column("cache_index", list(range(len(dataset)))).add_column("task", ["asr"] * len(dataset))
 
 
 def test_labels_stand_on_the_answer_and_its_end_alone(sense, corpus):
     _, processor = sense
-    batch = SenseCollator(processor, "Transcribe the speech.")(list(corpus))
+    batch = SenseCollator(processor, TASKS)(list(corpus))
     for row, ids, labels, mask in zip(corpus, batch["input_ids"], batch["labels"], batch["attention_mask"]):
         answer = labels[labels != -100]
         assert answer[-1] == processor.tokenizer.eos_token_id
@@ -39,19 +43,51 @@ def test_labels_stand_on_the_answer_and_its_end_alone(sense, corpus):
 def test_training_prompt_is_the_one_of_inference(sense, corpus):
     _, processor = sense
     row = corpus[0]
-    batch = SenseCollator(processor, processor.prompt)([row])
+    batch = SenseCollator(processor, TASKS)([row])
     request = processor.apply_transcription_request([row["audio"]])
     length = request["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], request["input_ids"])
     assert torch.equal(batch["input_features"], request["input_features"])
 
 
+def test_a_batch_may_mix_tasks_each_with_its_prompt_and_answer(sense, corpus):
+    _, processor = sense
+    labels = {"text": "the user speaks", "entities": [["PERSON", 4, 4]], "sentiment": "Positive"}
+    rows = [{**corpus[i], **labels, "task": task} for i, task in enumerate(TASKS)]
+    batch = SenseCollator(processor, TASKS)(rows)
+    answers = ["the user speaks", "the <PERSON> user </PERSON> speaks", "Positive"]
+    for ids, labels, answer, task in zip(batch["input_ids"], batch["labels"], answers, TASKS.values()):
+        written = processor.decode(labels[labels != -100], skip_special_tokens=True)
+        assert written == processor.decode(processor.tokenizer(answer)["input_ids"], skip_special_tokens=True)
+        assert f"{task.prompt}<|im_end|>" in processor.decode(ids)
+
+
+def test_classifier_labels():
+    tags = {"labels": ["PERSON", "PLACE"], "multi_label": True}
+    classes = {"labels": ["Negative", "Neutral", "Positive"], "multi_label": False}
+    row = {"entities": [["PLACE", 0, 1], ["PLACE", 3, 1], ["LAW", 5, 1]], "sentiment": "Positive"}
+    unlabelled = {"entities": None, "sentiment": None}
+    assert classifier_label(row, tags) == [0, 1] and classifier_label({**row, "entities": []}, tags) == [0, 0]
+    assert classifier_label(unlabelled, tags) == [-100, -100]
+    assert classifier_label(row, classes) == 2 and classifier_label(unlabelled, classes) == -100
+
+
+def test_tag_weights_are_all_tags_over_those_of_the_class():
+    rows = [
+        {"entities": [["A", 0, 1]] * 6 + [["B", 0, 1]]},
+        {"entities": None},
+        {"entities": [["B", 0, 1], ["D", 0, 1]]},
+    ]
+    assert tag_weights(rows, ["A", "B", "C"], most=20) == [8 / 6, 4, 20]
+    assert tag_weights(rows, ["A", "B", "C"], most=3) == [8 / 6, 3, 3]
+
+
 def test_cache_gives_the_loss_of_the_audio(sense, corpus, tmp_path):
     model, processor = sense
     cache = build_cache(model, processor, corpus, tmp_path)
     rows = list(corpus)
-    from_audio = model(**SenseCollator(processor, "Say it.")(rows)).loss
-    from_cache = model(**SenseCollator(processor, "Say it.", cache)(rows)).loss
+    from_audio = model(**SenseCollator(processor, TASKS)(rows)).loss
+    from_cache = model(**SenseCollator(processor, TASKS, cache)(rows)).loss
     torch.testing.assert_close(from_cache, from_audio, rtol=1e-3, atol=1e-3)  # the cache is fp16
 
 

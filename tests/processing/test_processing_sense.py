@@ -355,7 +355,7 @@ def test_transcription_request_is_the_prompt_with_the_clip(processor):
     asked = processor.apply_transcription_request(tone(1.0), prompt="Say it.")
     assert equal(asked, processor(audio=tone(1.0), text=PROMPT))
     default = processor.apply_transcription_request(tone(1.0))
-    assert equal(default, processor(audio=tone(1.0), text=processor.build_prompt(processor.prompt)))
+    assert equal(default, processor(audio=tone(1.0), text=processor.build_prompt(processor.prompts["asr"])))
     at_8k = processor.apply_transcription_request([tone(1.0, rate=8000)], sampling_rate=8000)
     assert at_8k["input_features_mask"].sum() == 100
 
@@ -464,13 +464,13 @@ def test_decoding_skips_audio_and_chat_tokens(processor):
 
 
 def test_auto_processor_gives_back_what_was_saved(tiny_whisper, tiny_qwen, tmp_path):
-    options = {"num_audio_tokens": 100, "audio_tokens": "fixed", "prompt": "Write it down."}
+    options = {"num_audio_tokens": 100, "audio_tokens": "fixed", "prompts": {"asr": "Write it down."}}
     processor = SenseProcessor.from_backbones(tiny_whisper, tiny_qwen, **options)
     processor.save_pretrained(tmp_path)
     for loaded in (AutoProcessor.from_pretrained(tmp_path), SenseProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is SenseProcessor
         assert (loaded.num_audio_tokens, loaded.audio_tokens) == (100, "fixed")
-        assert loaded.prompt == "Write it down."
+        assert loaded.prompts == {"asr": "Write it down."}
         assert loaded.chat_template == processor.chat_template
         assert loaded.audio_token_id == processor.audio_token_id
         clips = [tone(0.5), tone(1.0)]

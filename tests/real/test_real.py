@@ -6,13 +6,15 @@ import torch
 from jiwer import wer
 from transformers import AutoFeatureExtractor
 
-from eval_sense import NORMALIZE, transcribe, transcribe_whisper
+from eval_sense import transcribe_whisper, understand
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.processing_sense import load_audio
+from processing.scoring import NORMALIZE
 from processing.synthesis import main as synthesize
+from processing.tasks import make_tasks
 from processing.warm_start import WordAligner, warm_start
 from scripts.get_backbones import backbone_path
 
@@ -76,8 +78,8 @@ def test_warm_start_hears_before_any_training(sense, speech, whisper):
     model, processor = sense
     found = warm_start(model, processor, load_corpus(speech, "train"), whisper)
     assert found["word_times"] == "attention" and found["r2"] > 0.1
-    rows = list(load_corpus(speech, "dev"))
-    collate = SenseCollator(processor, processor.prompt)
+    rows = [{**row, "task": "asr"} for row in load_corpus(speech, "dev")]
+    collate = SenseCollator(processor, make_tasks(processor.prompts))
     texts = [row["text"] for row in rows]
     shuffled = [{**row, "text": text} for row, text in zip(rows, texts[1:] + texts[:1])]
     with torch.no_grad():
@@ -89,6 +91,4 @@ def test_batch_equals_singles_on_real_speech(sense, speech):
     model, processor = sense
     model.float()
     rows = load_corpus(speech, "test")
-    together = transcribe(model, processor, rows, batch_size=8, max_new_tokens=12)
-    alone = transcribe(model, processor, rows, batch_size=1, max_new_tokens=12)
-    assert together == alone
+    assert understand(model, processor, rows, batch_size=8) == understand(model, processor, rows, batch_size=1)

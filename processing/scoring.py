@@ -1,0 +1,158 @@
+"""Answers of a system -> its metrics, in per cent, each with a bootstrap interval over utterances."""
+
+import re
+from collections.abc import Callable
+
+import jiwer
+import numpy as np
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from .metrics import load_metric
+from .metrics.slue_ner.slue_ner import count_matches
+from .tasks import SENTIMENTS, Answer, combine, phrases
+
+
+NORMALIZE = EnglishTextNormalizer()
+BOOTSTRAP_SAMPLES = 1000
+
+
+def plain(text: str) -> str:
+    """Lower case, letters, digits and apostrophes alone: how the entities of every system are compared."""
+    return " ".join(re.sub(r"[^\w' ]|_", " ", text.lower()).split())
+
+
+def score_asr(rows: list[dict], answers: list[Answer]) -> dict:
+    """`wer` on the strings as they are, `wer_normalized` after Whisper's English normaliser."""
+    pairs = [(row["text"], answer.text or "") for row, answer in zip(rows, answers)]
+    normalized = [(NORMALIZE(reference), NORMALIZE(heard)) for reference, heard in pairs]
+    return _wer("wer", pairs) | _wer("wer_normalized", normalized)
+
+
+def _wer(name: str, pairs: list[tuple[str, str]]) -> dict:
+    references, heard = zip(*pairs)
+    value = load_metric("wer").compute(predictions=list(heard), references=list(references))["wer"]
+    counts = np.array([_word_errors(*pair) for pair in pairs])
+    return {name: 100 * value, f"{name}_interval": bootstrap(counts, lambda sums: ratio(sums[..., 0], sums[..., 1]))}
+
+
+def _word_errors(reference: str, heard: str) -> tuple[int, int]:
+    """Errors, and words of the reference."""
+    if not reference.strip():
+        return len(heard.split()), 0
+    found = jiwer.process_words(reference, heard)
+    errors = found.substitutions + found.deletions + found.insertions
+    return errors, found.hits + found.substitutions + found.deletions
+
+
+def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
+    """
+    SLUE's NER F1 and label-F1 on the 7 combined tags, of rows with entity labels: `ner_f1` and `ner_label_f1` on
+    phrases as `plain` leaves them, `ner_f1_normalized` on phrases after Whisper's English normaliser ("two" is "2");
+    `ner_malformed_rate` is the share of answers with a tag that could not be read, `ner_wer` the WER of their words.
+    """
+    labelled = [(row, answer) for row, answer in zip(rows, answers) if row["entities"] is not None]
+    metrics = {}
+    for suffix, clean in (("", plain), ("_normalized", NORMALIZE)):
+        references = [_clean(row["text"], row["entities"], clean) for row, _ in labelled]
+        predictions = [_clean(answer.text or "", answer.entities or [], clean) for _, answer in labelled]
+        found = load_metric("slue_ner").compute(predictions=predictions, references=references)
+        metrics |= _ner_with_intervals(suffix, found, predictions, references)
+        if not suffix:
+            metrics |= {"ner_precision": 100 * found["precision"], "ner_recall": 100 * found["recall"]}
+            metrics["ner_per_tag"] = found["per_tag"]
+    metrics["ner_malformed_rate"] = 100 * np.mean([answer.malformed > 0 for _, answer in labelled]).item()
+    return metrics | {f"ner_{k}": v for k, v in score_asr(*map(list, zip(*labelled))).items()}
+
+
+def _ner_with_intervals(suffix: str, found: dict, predictions: list, references: list) -> dict:
+    counts = np.array([_utterance_counts(*pair) for pair in zip(predictions, references)])  # n x (exact, label) x 3
+    return {
+        f"ner_f1{suffix}": 100 * found["f1"],
+        f"ner_f1{suffix}_interval": bootstrap(counts[:, 0], _f1),
+        f"ner_label_f1{suffix}": 100 * found["label_f1"],
+        f"ner_label_f1{suffix}_interval": bootstrap(counts[:, 1], _f1),
+    }
+
+
+def _utterance_counts(prediction: list, reference: list) -> list[list[int]]:
+    """True positives, predicted and reference entities, of exact matches and of labels."""
+    return [np.sum(list(counts.values()) or [(0, 0, 0)], axis=0) for counts in count_matches(prediction, reference)]
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    return ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
+def _clean(text: str, entities: list, clean: Callable[[str], str]) -> list[list[str]]:
+    return [[tag, clean(phrase)] for tag, phrase in phrases(text, combine(entities))]
+
+
+def score_sa(rows: list[dict], answers: list[Answer]) -> dict:
+    """SLUE's macro F1 of the sentiment, of rows with a label for it; `sa_confusion`: said x heard (or unreadable)."""
+    pairs = [(row["sentiment"], a.sentiment or "") for row, a in zip(rows, answers) if row["sentiment"] is not None]
+    references, heard = map(list, zip(*pairs))
+    found = load_metric("slue_sentiment").compute(predictions=heard, references=references)
+    columns = (*SENTIMENTS, "")
+    cells = np.zeros((len(pairs), len(SENTIMENTS), len(columns)), dtype=int)
+    for i, (reference, answer) in enumerate(pairs):
+        cells[i, SENTIMENTS.index(reference), columns.index(answer)] = 1
+    return {
+        "sa_f1": 100 * found["f1"],
+        "sa_f1_interval": bootstrap(cells.reshape(len(pairs), -1), _macro_f1),
+        "sa_accuracy": 100 * found["accuracy"],
+        "sa_malformed_rate": 100 * np.mean([answer == "" for answer in heard]).item(),
+        "sa_confusion": cells.sum(0).tolist(),
+    }
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    cells = sums.reshape(*sums.shape[:-1], len(SENTIMENTS), len(SENTIMENTS) + 1)
+    hits = np.diagonal(cells, axis1=-2, axis2=-1)
+    return ratio(2 * hits, cells.sum(-1) + cells.sum(-2)[..., : len(SENTIMENTS)]).mean(-1)
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`part / whole`, 0 where `whole` is 0."""
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) != 0)
+
+
+def bootstrap(counts: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> list[float]:
+    """
+    95 % interval, in per cent, of a metric that is a function of sums over utterances.
+
+    Args:
+        counts: what each utterance adds to the sums, `(utterances, ...)`.
+        measure: sums `(samples, ...)` -> metric `(samples,)`, from 0 to 1.
+        seed: of the resampling, the same for every system: its utterances are drawn alike.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=BOOTSTRAP_SAMPLES)
+    low, high = np.percentile(100 * measure(drawn @ counts), (2.5, 97.5))
+    return [float(low), float(high)]
+
+
+SCORERS = {"asr": score_asr, "ner": score_ner, "sa": score_sa}
+HEADLINES = {  # the table's columns
+    "wer": "WER",
+    "wer_normalized": "normalised",
+    "ner_f1": "NER F1",
+    "ner_f1_normalized": "normalised",
+    "ner_label_f1": "label-F1",
+    "sa_f1": "sentiment macro F1",
+}
+
+
+def score(rows: list[dict], answers: dict[str, list[Answer]]) -> dict:
+    """
+    Metrics of a system by name, in per cent.
+
+    Args:
+        rows: of the project's schema, the references.
+        answers: by task, one a row. A task without a labelled row is left out.
+    """
+    metrics = {}
+    for name, given in answers.items():
+        labels = {"asr": "text", "ner": "entities", "sa": "sentiment"}[name]
+        if any(row[labels] is not None for row in rows):
+            metrics |= SCORERS[name](rows, given)
+    return metrics

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""
+Trains and scores the cells of an ablation, each with the same minutes of training, and compares them.
+
+    python scripts/ablation.py recipes/ablation.yaml --dataset_dir DIR --minutes 15 [--cells adapter "+ LoRA"]
+
+A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
+OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold all cells that there are.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from processing.report import comparison, markdown_table, plot_comparison, write_text  # noqa: E402
+from processing.scoring import HEADLINES  # noqa: E402
+
+
+def read_recipe(path: Path, chosen: list[str] | None) -> tuple[dict, dict[str, dict]]:
+    """
+    The fields that all cells share, and by name those that make each cell.
+
+    Raises:
+        ValueError: the recipe is missing or has other parts, or a chosen cell is not in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict) or recipe.keys() != {"shared", "cells"}:
+        raise ValueError(f"{path} must hold `shared` and `cells` and nothing else")
+    cells = {name: fields or {} for name, fields in recipe["cells"].items()}
+    for name in chosen or []:
+        if name not in cells:
+            raise ValueError(f"{path}: there is no cell {name!r}; there are {', '.join(cells)}")
+    return recipe["shared"], {name: cells[name] for name in chosen or cells}
+
+
+def run_cell(folder: Path, fields: dict, args: argparse.Namespace):
+    """
+    Trains and scores one cell in `folder`, or what is left of it.
+
+    Raises:
+        ValueError: the folder holds a cell of other settings.
+    """
+    recipe, made = folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False)
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") != made:
+        raise ValueError(f"{folder} was made with other settings (see its recipe.yaml): choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(recipe, made)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes)]
+    if not (folder / "metrics.json").is_file():
+        subprocess.run([*launch, str(ROOT / "train_sense.py"), str(recipe)], check=True)
+    if not (folder / "scored" / "metrics.json").is_file():
+        asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": folder / "scored"}
+        asked |= {"text_column": fields.get("text_column", "text"), "show": 0}
+        options = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+        subprocess.run([*launch, str(ROOT / "eval_sense.py"), *options], check=True)
+
+
+def collect(folder: Path) -> dict:
+    """A finished cell's scores, its steps and the number of parameters that it trained."""
+    scores = json.loads((folder / "scored" / "metrics.json").read_text(encoding="utf-8"))
+    # The words of the entity answers where no transcript was asked for.
+    scores = {name.removeprefix("ner_") if "wer" in name else name: value for name, value in scores.items()}
+    trained = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return scores | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}
+
+
+def write_comparison(folder: Path, cells: dict[str, dict]):
+    """The table of the cells that there are, in Markdown and CSV, and its picture."""
+    headers, rows = comparison(cells)
+    extra = [[f"{found['trained_parameters']:,}", str(found["steps"])] for found in cells.values()]
+    table = [[row[0], *more, *row[1:]] for row, more in zip(rows, extra)]
+    write_text(folder / "ablation.md", markdown_table(["", "trained", "steps", *headers[1:]], table) + "\n")
+    columns = [key for key in HEADLINES if all(key in found for found in cells.values())]
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    bounds = [name for key in columns for name in (key, f"{key}_low", f"{key}_high")]
+    writer.writerow(["cell", "trained_parameters", "steps", *bounds])
+    for name, found in cells.items():
+        values = [value for key in columns for value in (found[key], *found[f"{key}_interval"])]
+        writer.writerow([name, found["trained_parameters"], found["steps"], *values])
+    write_text(folder / "ablation.csv", lines.getvalue())
+    plot_comparison(cells, folder / "ablation.png")
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--dataset_dir", required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="of training, for each cell")
+    parser.add_argument("--cells", nargs="+", help="default: all")
+    parser.add_argument("--split", default="dev", help="to score on")
+    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
+    args = parser.parse_args(argv)
+    shared, cells = read_recipe(args.recipe, args.cells)
+    found = {}
+    for name, changes in cells.items():
+        folder = args.output_dir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        fields = {**shared, **changes, "dataset_dir": args.dataset_dir, "max_minutes": args.minutes}
+        run_cell(folder, fields | {"output_dir": str(folder)}, args)
+        found[name] = collect(folder)
+        write_comparison(args.output_dir, found)
+        print((args.output_dir / "ablation.md").read_text(encoding="utf-8"), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
