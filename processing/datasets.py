@@ -1,10 +1,14 @@
 """Corpora of every kind -> rows of one schema, the audio still undecoded (`load_audio` decodes it)."""
 
+import io
 import json
 from pathlib import Path
 
 import datasets
 import fsspec
+import soundfile
+
+from .tasks import ALL_TAGS, SENTIMENTS, combine
 
 
 SCHEMA = datasets.Features(
@@ -20,11 +24,13 @@ SCHEMA = datasets.Features(
 )
 # Audio(decode=False) on disk. Rows are built with it, because `datasets` asks for torchcodec to build audio columns.
 STORED_AUDIO = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-# Where SLUE keeps the entities of each of its text columns; the offsets hold for that column alone.
+# Where SLUE keeps the entities of each of its text columns, by tag set, the best first; the offsets hold for that
+# column alone. From 18 raw tags one gets SLUE's 7, not the other way round.
 ENTITY_COLUMNS = {
-    "normalized_text": ("normalized_combined_ner", "normalized_ner"),
-    "raw_text": ("raw_combined_ner", "raw_ner"),
+    "normalized_text": {"combined": ("normalized_combined_ner", "normalized_ner"), "raw": ("normalized_ner",)},
+    "raw_text": {"combined": ("raw_combined_ner", "raw_ner"), "raw": ("raw_ner",)},
 }
+UNDECIDED = ("disagreement", "<mixed>", "")  # SLUE's annotators: such a row has no sentiment label
 
 
 def load_corpus(
@@ -34,11 +40,13 @@ def load_corpus(
     audio_column: str = "audio",
     text_column: str = "text",
     config_name: str | None = None,
+    entity_tags: str = "combined",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Loads one split of a corpus as rows of `SCHEMA`: `id, audio {bytes, path}, text, entities [[tag, start, length]],
-    sentiment, language, duration` in seconds. What the corpus does not know is None, or [] for entities.
+    sentiment, language, duration` in seconds. What the corpus does not know is None: a row in which nobody found an
+    entity has [], one on whose sentiment SLUE's annotators disagreed None.
 
     Args:
         dataset: one of
@@ -50,39 +58,43 @@ def load_corpus(
         split: such as `train`.
         audio_column: column of the audio; in a metadata.jsonl `audio` stands for `file_name`.
         text_column: column of the transcript. Entities are read from `entities`, or from SLUE's column for that text.
-        config_name: configuration of a Hub dataset.
+        config_name: configuration of a Hub dataset, such as `voxpopuli` or `voxceleb` of `asapp/slue`.
+        entity_tags: `"combined"` (SLUE's 7, to which OntoNotes' tags are mapped) or `"raw"` (as the corpus has them).
         streaming: return an `IterableDataset`, which downloads a Hub dataset as it is read.
 
     Raises:
-        ValueError: no such folder, split or column (it lists those present), or audio files that metadata.jsonl
-            names and that are missing.
+        ValueError: no such folder, split or column (it lists those present), audio files that metadata.jsonl names
+            and that are missing, or a row with a label that can't be.
     """
+    if entity_tags not in ("combined", "raw"):
+        raise ValueError(f"entity_tags: give combined or raw, found {entity_tags!r}")
+    columns = {"audio": audio_column, "text": text_column, "entity_tags": entity_tags}
     folder = Path(dataset).expanduser()
     if folder.is_dir():
-        rows = _read_folder(folder, split, audio_column, text_column)
+        rows = _read_folder(folder, split, columns)
         if rows is not None:
             built = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
             built = built.cast_column("audio", SCHEMA["audio"])
             return built.to_iterable_dataset() if streaming else built
     elif folder.is_absolute() or str(dataset).startswith((".", "~")):
         raise ValueError(f"dataset {dataset}: no such folder")
-    return _load_with_datasets(dataset, split, audio_column, text_column, config_name, streaming)
+    return _load_with_datasets(dataset, split, columns, config_name, streaming)
 
 
-def _read_folder(folder: Path, split: str, audio_column: str, text_column: str) -> list[dict] | None:
+def _read_folder(folder: Path, split: str, columns: dict) -> list[dict] | None:
     """Rows of a split of a metadata.jsonl folder or a LibriSpeech tree; None for a folder of another kind."""
     metadata = {path.parent.name: path for path in sorted(folder.glob("*/metadata.jsonl"))}
     if not metadata and (folder / "metadata.jsonl").is_file():
         metadata = {"train": folder / "metadata.jsonl"}
     if metadata:
         _require("split", split, metadata, folder)
-        return _read_metadata(metadata[split], audio_column, text_column)
+        return _read_metadata(metadata[split], columns)
     # One chapter is enough to know a split by, and a full search of LibriSpeech is slow.
     librispeech = [path.name for path in sorted(folder.iterdir()) if next(path.glob("*/*/*.trans.txt"), None)]
     if librispeech:
         _require("split", split, librispeech, folder)
-        _require("audio column", audio_column, ("audio", "text"), folder)
-        _require("text column", text_column, ("audio", "text"), folder)
+        for kind in ("audio", "text"):
+            _require(f"{kind} column", columns[kind], ("audio", "text"), folder)
         return _read_librispeech(folder / split)
     return None
 
@@ -93,15 +105,15 @@ def _require(what: str, name: str, present, where) -> None:
         raise ValueError(f"{where}: no {what} {name!r}; it has {', '.join(map(repr, present)) or 'none'}")
 
 
-def _read_metadata(path: Path, audio_column: str, text_column: str) -> list[dict]:
+def _read_metadata(path: Path, columns: dict) -> list[dict]:
     """Rows of a metadata.jsonl."""
     lines = list(_read_json_lines(path))
     if not lines:
         raise ValueError(f"{path}: it is empty; give at least one line")
-    columns = dict.fromkeys(name for line in lines for name in line)
-    audio_column = "file_name" if audio_column == "audio" and "audio" not in columns else audio_column
-    _require("audio column", audio_column, columns, path)
-    _require("text column", text_column, columns, path)
+    present = dict.fromkeys(name for line in lines for name in line)
+    audio_column = "file_name" if columns["audio"] == "audio" and "audio" not in present else columns["audio"]
+    _require("audio column", audio_column, present, path)
+    _require("text column", columns["text"], present, path)
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, row {number}"
@@ -109,7 +121,7 @@ def _read_metadata(path: Path, audio_column: str, text_column: str) -> list[dict
         if not isinstance(file_name, str):
             raise ValueError(f"{where}: {audio_column} is {file_name!r}; give the path of an audio file")
         file = str(path.parent / file_name)
-        rows.append(_to_schema(line, {"bytes": None, "path": file}, text_column, Path(file_name).stem, where))
+        rows.append(_to_schema(line, {"bytes": None, "path": file}, columns, Path(file_name).stem, where))
     _require_files(rows, path)
     return rows
 
@@ -136,7 +148,9 @@ def _read_librispeech(folder: Path) -> list[dict]:
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.strip().partition(" ")
             audio = {"bytes": None, "path": str(transcript.parent / f"{name}.flac")}
-            rows.append(_to_schema({"text": text}, audio, "text", name, str(transcript)))
+            rows.append(
+                _to_schema({"text": text}, audio, {"text": "text", "entity_tags": "raw"}, name, str(transcript))
+            )
     _require_files(rows, folder)
     return rows
 
@@ -149,9 +163,7 @@ def _require_files(rows: list[dict], where: Path) -> None:
         raise ValueError(f"{where}: {len(missing)} of {len(rows)} audio files are missing: {names}")
 
 
-def _load_with_datasets(
-    dataset, split: str, audio_column: str, text_column: str, config_name: str | None, streaming: bool
-):
+def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | None, streaming: bool):
     """A split that the `datasets` library loads, in the schema."""
     if (Path(dataset) / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(str(dataset))
@@ -159,17 +171,20 @@ def _load_with_datasets(
         source = splits[split].to_iterable_dataset() if streaming else splits[split]
     else:
         source = datasets.load_dataset(str(dataset), config_name, split=split, streaming=streaming)
-    columns = source.column_names or list(next(iter(source)))
-    _require("audio column", audio_column, columns, dataset)
-    _require("text column", text_column, columns, dataset)
+    present = source.column_names or list(next(iter(source)))
+    for kind in ("audio", "text"):
+        _require(f"{kind} column", columns[kind], present, dataset)
 
     def convert(row: dict, index: int) -> dict:
-        audio = _fetch(row[audio_column])
+        where = f"{dataset}, {split}, row {index + 1}"
+        audio = _fetch(row[columns["audio"]])
         name = Path(audio["path"]).stem if audio["path"] else f"{split}-{index}"
-        return _to_schema(row, audio, text_column, name, f"{dataset}, {split}, row {index + 1}")
+        if row.get("start_second") is not None and row.get("end_second") is not None:
+            audio, row["duration"] = _cut(audio, row["start_second"], row["end_second"], where)
+        return _to_schema(row, audio, columns, name, where)
 
-    source = source.cast_column(audio_column, datasets.Audio(decode=False))
-    return source.map(convert, with_indices=True, remove_columns=columns, features=SCHEMA)
+    source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
+    return source.map(convert, with_indices=True, remove_columns=present, features=SCHEMA)
 
 
 def _fetch(audio: dict) -> dict:
@@ -180,29 +195,75 @@ def _fetch(audio: dict) -> dict:
     return {"bytes": audio["bytes"], "path": audio["path"]}
 
 
-def _to_schema(row: dict, audio: dict, text_column: str, name: str, where: str) -> dict:
-    """One row of the schema; `name` is its id if it has none, `where` is for the message if its text is wrong."""
-    text = row.get(text_column)
+def _cut(audio: dict, start: float, end: float, where: str) -> tuple[dict, float]:
+    """
+    The audio from `start` to `end`, in seconds, and its length: SLUE-VoxCeleb's utterances are parts of recordings.
+    Audio that is no longer than the utterance was cut already.
+    """
+    if not 0 <= start < end:
+        raise ValueError(f"{where}: start_second {start} and end_second {end}; give 0 <= start < end")
+    source = io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
+    try:
+        with soundfile.SoundFile(source) as file:
+            length = file.frames / file.samplerate
+            if length < max(end, end - start + 0.1):
+                return audio, length
+            file.seek(round(start * file.samplerate))
+            samples, rate = file.read(round((end - start) * file.samplerate)), file.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(
+            f"{where}: {audio['path'] or 'audio'} is not readable ({error}); get the file again"
+        ) from error
+    cut = io.BytesIO()
+    soundfile.write(cut, samples, rate, format="FLAC")
+    return {"bytes": cut.getvalue(), "path": audio["path"]}, end - start
+
+
+def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> dict:
+    """One row of the schema; `name` is its id if it has none, `where` is for the message if a label is wrong."""
+    text = row.get(columns["text"])
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_column} is {text!r}; give the transcript as a string")
+        raise ValueError(f"{where}: {columns['text']} is {text!r}; give the transcript as a string")
     duration = row.get("duration")
     return {
         "id": str(row["id"]) if row.get("id") is not None else name,
         "audio": audio,
         "text": text,
-        "entities": _entities(row, text_column),
-        "sentiment": row.get("sentiment"),
+        "entities": _entities(row, text, columns, where),
+        "sentiment": _sentiment(row.get("sentiment"), where),
         "language": row.get("language"),
         "duration": None if duration is None else float(duration),
     }
 
 
-def _entities(row: dict, text_column: str) -> list[list]:
+def _entities(row: dict, text: str, columns: dict, where: str) -> list[list] | None:
     """[[tag, start, length], ...] from the first column that has them; SLUE on the Hub has objects in their place."""
-    for column in ("entities", *ENTITY_COLUMNS.get(text_column, ())):
+    for column in ("entities", *ENTITY_COLUMNS.get(columns["text"], {}).get(columns["entity_tags"], ())):
         found = row.get(column)
+        if found is None:
+            continue
         if isinstance(found, dict):  # {"type": [...], "start": [...], "length": [...]}
-            return [list(entity) for entity in zip(found["type"], found["start"], found["length"])]
-        if found is not None:
-            return [[e["type"], e["start"], e["length"]] if isinstance(e, dict) else list(e) for e in found]
-    return []
+            found = zip(found["type"], found["start"], found["length"])
+        entities = [[e["type"], e["start"], e["length"]] if isinstance(e, dict) else list(e) for e in found]
+        for entity in entities:
+            if len(entity) != 3 or not (0 <= entity[1] < entity[1] + entity[2] <= len(text)):
+                raise ValueError(
+                    f"{where}: {column} has {entity}, which is no [tag, start, length] within the "
+                    f"{len(text)} characters of {columns['text']}"
+                )
+            if entity[0] not in ALL_TAGS:
+                raise ValueError(
+                    f"{where}: {column} has the tag {entity[0]!r}; tags are {', '.join(sorted(ALL_TAGS))}"
+                )
+        return combine(entities) if columns["entity_tags"] == "combined" else entities
+    return None
+
+
+def _sentiment(value: str | None, where: str) -> str | None:
+    """One of `SENTIMENTS`, or None."""
+    name = (value or "").strip()
+    if name.capitalize() in SENTIMENTS:
+        return name.capitalize()
+    if name.lower() in UNDECIDED:
+        return None
+    raise ValueError(f"{where}: sentiment is {value!r}; give one of {', '.join(SENTIMENTS)}, or none")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -11,7 +12,8 @@ import soundfile
 
 from processing import load_audio
 from processing.datasets import SCHEMA, load_corpus
-from tests.conftest import tone
+from processing.tasks import phrases
+from tests.conftest import tone, wav
 
 
 ROWS = [
@@ -70,7 +72,7 @@ def test_folder(corpus, streaming, without_torchcodec):
         "language": "en",
         "duration": 0.5,
     }
-    assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", [], None, None)
+    assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", None, None, None)
     assert [len(load_audio(row["audio"])) for row in (first, second)] == [8000, 16000]
 
 
@@ -140,11 +142,15 @@ def test_entities_go_with_their_text(tmp_path):
         column: load_corpus(tmp_path / "c", "train", text_column=column) for column in ("text", "normalized_text")
     }
     assert by_text["normalized_text"][0]["entities"] == [["PERSON", 7, 5]]
-    assert by_text["text"][0]["entities"] == []
+    assert by_text["text"][0]["entities"] is None
+    raw = load_corpus(tmp_path / "c", "train", text_column="normalized_text", entity_tags="raw")
+    assert raw[0]["entities"] == [["PERSON", 7, 5], ["DATE", 0, 6]]
+    with pytest.raises(ValueError, match="entity_tags: give combined or raw, found 'all'"):
+        load_corpus(tmp_path / "c", "train", entity_tags="all")
 
 
 def test_large_folder_is_fast_and_mixed_rows_fit(tmp_path):
-    rows = [{"file_name": "a.wav", "text": str(i), "entities": [["A", 0, 1]] * (i % 3)} for i in range(2000)]
+    rows = [{"file_name": "a.wav", "text": str(i), "entities": [["LAW", 0, 1]] * (i % 3)} for i in range(2000)]
     write_split(tmp_path / "c" / "train", rows[:1])
     (tmp_path / "c" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = load_corpus(tmp_path / "c", "train")
@@ -278,3 +284,104 @@ def test_audio_is_not_decoded_by_loading(corpus):
     row = load_corpus(corpus, "train")[0]
     with pytest.raises(ValueError, match="a.flac: not readable as audio"):
         load_audio(row["audio"])
+
+
+# --- SLUE, with the columns that asapp/slue has on the Hub
+
+VOXPOPULI = {
+    "id": "vp-1",
+    "speaker_id": "17",
+    "raw_text": "On Monday, the EU and 3 Greeks met.",
+    "normalized_text": "on monday the e. u. and three greeks met in the louvre",
+    "raw_ner": [["DATE", 3, 6], ["ORG", 15, 2], ["CARDINAL", 22, 1], ["NORP", 24, 6]],
+    "normalized_ner": [["DATE", 3, 6], ["ORG", 14, 5], ["CARDINAL", 24, 5], ["NORP", 30, 6], ["FAC", 44, 10]],
+    "raw_combined_ner": [["WHEN", 3, 6], ["ORG", 15, 2], ["QUANT", 22, 1], ["NORP", 24, 6]],
+    "normalized_combined_ner": [["WHEN", 3, 6], ["ORG", 14, 5], ["QUANT", 24, 5], ["NORP", 30, 6]],
+}
+
+
+def as_objects(entities: list[list]) -> list[dict]:
+    return [{"type": tag, "start": start, "length": length} for tag, start, length in entities]
+
+
+def write_slue(folder: Path, split: str, rows: list[dict]) -> str:
+    """A Parquet file, as `datasets.load_dataset` finds it on the Hub or in a folder."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_slue_voxpopuli(tmp_path, streaming):
+    audio = {"bytes": wav(tone(1.0)), "path": "vp-1.wav"}
+    named = {name: as_objects(value) if "ner" in name else value for name, value in VOXPOPULI.items()}
+    nothing = {name: [] if "ner" in name else value for name, value in named.items()}
+    corpus = write_slue(tmp_path, "validation", [{**named, "audio": audio}, {**nothing, "audio": audio, "id": "vp-2"}])
+    expected = {
+        ("normalized_text", "combined"): [
+            ["WHEN", "monday"],
+            ["ORG", "e. u."],
+            ["QUANT", "three"],
+            ["NORP", "greeks"],
+        ],
+        ("raw_text", "raw"): [["DATE", "Monday"], ["ORG", "EU"], ["CARDINAL", "3"], ["NORP", "Greeks"]],
+    }
+    for (text, tags), entities in expected.items():
+        first, second = load_corpus(corpus, "validation", text_column=text, entity_tags=tags, streaming=streaming)
+        assert (first["id"], first["text"], first["sentiment"]) == ("vp-1", VOXPOPULI[text], None)
+        assert phrases(first["text"], first["entities"]) == entities and second["entities"] == []
+
+
+def test_slue_without_combined_tags_has_its_raw_ones_mapped_and_five_dropped(tmp_path):
+    columns = {name: value for name, value in VOXPOPULI.items() if "combined" not in name}
+    row = {name: as_objects(value) if "ner" in name else value for name, value in columns.items()}
+    corpus = write_slue(tmp_path, "test", [{**row, "audio": {"bytes": wav(tone(1.0)), "path": None}}])
+    (loaded,) = load_corpus(corpus, "test", text_column="normalized_text")
+    assert loaded["entities"] == VOXPOPULI["normalized_combined_ner"]
+    (raw,) = load_corpus(corpus, "test", text_column="normalized_text", entity_tags="raw")
+    assert raw["entities"] == VOXPOPULI["normalized_ner"]
+
+
+def test_slue_voxceleb_is_cut_to_its_utterances_and_undecided_sentiments_are_none(tmp_path):
+    recording, part = tone(3.0, seed=3), tone(1.25, seed=4)
+    sentiments = ["Positive", "Neutral", "Negative", "Disagreement", "<mixed>"]
+    rows = []
+    for i, sentiment in enumerate(sentiments):
+        clip = part if i == 1 else recording  # the second one is cut already
+        rows.append({"id": f"vc-{i}", "audio": {"bytes": wav(clip), "path": f"{i}.wav"}, "speaker_id": "1"})
+        rows[-1] |= {"normalized_text": "well", "sentiment": sentiment, "start_second": 1.5, "end_second": 2.75}
+    loaded = list(load_corpus(write_slue(tmp_path, "train", rows), "train", text_column="normalized_text"))
+    assert [row["sentiment"] for row in loaded] == ["Positive", "Neutral", "Negative", None, None]
+    assert all(row["duration"] == pytest.approx(1.25) and row["entities"] is None for row in loaded)
+    for row, clip in zip(loaded, (recording[24000:44000], part)):
+        np.testing.assert_allclose(load_audio(row["audio"]), clip, atol=2e-4)  # 16 bits
+
+
+def test_slue_voxceleb_with_a_part_that_cannot_be(tmp_path):
+    row = {"id": "a", "audio": {"bytes": wav(tone(1.0)), "path": None}, "normalized_text": "well"}
+    row |= {"sentiment": "Neutral", "start_second": 2.0, "end_second": 1.0}
+    with pytest.raises(Exception, match="row 1: start_second 2.0 and end_second 1.0; give 0 <= start < end"):
+        load_corpus(write_slue(tmp_path, "train", [row]), "train", text_column="normalized_text")
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        (
+            {"entities": [["LAW", 3, 9]]},
+            r"row 1: entities has \['LAW', 3, 9\], which is no .* within the 4 characters",
+        ),
+        ({"entities": [["NAME", 0, 4]]}, "row 1: entities has the tag 'NAME'; tags are CARDINAL, DATE"),
+        ({"sentiment": "happy"}, "row 1: sentiment is 'happy'; give one of Negative, Neutral, Positive, or none"),
+    ],
+)
+def test_labels_that_cannot_be(tmp_path, label, message):
+    write_split(tmp_path / "c" / "train", [{"file_name": "a.wav", "text": "anna", **label}])
+    with pytest.raises(ValueError, match=message):
+        load_corpus(tmp_path / "c", "train")
+
+
+def test_sentiment_in_lower_case_is_the_same(tmp_path):
+    write_split(tmp_path / "c" / "train", [{"file_name": "a.wav", "text": "anna", "sentiment": " positive"}])
+    assert load_corpus(tmp_path / "c", "train")[0]["sentiment"] == "Positive"
