@@ -1,0 +1,87 @@
+"""scripts/ablation.py on tiny backbones: cells, their comparison, and going on where it stopped."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from scripts import ablation
+from tests.conftest import write_corpus
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_whisper, tiny_llama):
+    shared = {"audio_backbone": tiny_whisper, "text_backbone": tiny_llama, "backbone_dtype": "float32"}
+    shared |= {"tasks": {"ner": 1, "sa": 1}, "prompts": {"ner": "Tag.", "sa": "Which?"}, "use_cpu": True}
+    shared |= {"max_steps": 2, "eval_strategy": "no", "save_steps": 1, "learning_rate": "1e-3", "scored_samples": 2}
+    cells = {"adapter": None, "+ LoRA": {"lora_r": 2}, "never run": {"lora_r": "bad"}}
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump({"shared": shared, "cells": cells}, sort_keys=False))
+    return path
+
+
+def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus", train=6, dev=4)
+    monkeypatch.setenv("PYTHONPATH", str(ablation.ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    asked = [str(recipe), "--dataset_dir", corpus, "--minutes", "1", "--output_dir", str(out)]
+    found = ablation.main([*asked, "--cells", "adapter", "+ LoRA"])
+    assert found["adapter"]["trained_parameters"] < found["+ LoRA"]["trained_parameters"]
+    assert found["adapter"]["steps"] == 2
+    table = (out / "ablation.md").read_text().splitlines()
+    assert table[0].startswith("|  | trained | steps | WER |") and [row.split(" | ")[0] for row in table[2:]] == [
+        "| adapter",
+        "| + LoRA",
+    ]
+    with open(out / "ablation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cell"] for row in rows] == ["adapter", "+ LoRA"]
+    for row, cell in zip(rows, found.values()):
+        for name in ("wer", "ner_f1", "ner_label_f1", "sa_f1"):
+            assert float(row[name]) == cell[name] and float(row[f"{name}_low"]) <= cell[name] <= float(
+                row[f"{name}_high"]
+            )
+    assert (out / "ablation.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("ran a cell again")))
+    assert ablation.main([*asked, "--cells", "adapter", "+ LoRA"]) == found
+    with pytest.raises(ValueError, match="was made with other settings"):
+        ablation.main([*asked[:4], "2", *asked[5:], "--cells", "adapter"])
+    # A cell that was trained and not scored is scored alone.
+    (out / "adapter" / "scored" / "metrics.json").unlink()
+    ran = []
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command, check: ran.append(command)))
+    with pytest.raises(FileNotFoundError):
+        ablation.main([*asked, "--cells", "adapter"])
+    assert len(ran) == 1 and "eval_sense.py" in " ".join(ran[0])
+
+
+def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
+    (tmp_path / "scored").mkdir()
+    scores = {"ner_wer": 50.0, "ner_wer_interval": [40.0, 60.0], "ner_f1": 10.0}
+    (tmp_path / "scored" / "metrics.json").write_text(json.dumps(scores))
+    (tmp_path / "metrics.json").write_text('{"trained_parameters": 7}')
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    expected = {"wer": 50.0, "wer_interval": [40.0, 60.0], "ner_f1": 10.0, "trained_parameters": 7, "steps": 3}
+    assert ablation.collect(tmp_path) == expected
+
+
+def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
+    with pytest.raises(ValueError, match="there is no cell '\\+ LORA'; there are adapter, \\+ LoRA, never run"):
+        ablation.read_recipe(recipe, ["+ LORA"])
+    with pytest.raises(ValueError, match="there is no recipe"):
+        ablation.read_recipe(tmp_path / "none.yaml", None)
+    (tmp_path / "bad.yaml").write_text("cells: {}")
+    with pytest.raises(ValueError, match="must hold `shared` and `cells` and nothing else"):
+        ablation.read_recipe(tmp_path / "bad.yaml", None)
+
+
+def test_shipped_recipe_has_the_cells_of_the_question():
+    shared, cells = ablation.read_recipe(ablation.ROOT / "recipes" / "ablation.yaml", None)
+    assert list(cells)[:4] == ["adapter", "+ classifier", "+ LoRA", "+ both"]
+    assert {fields.get("num_audio_tokens", 250) for fields in cells.values()} == {125, 250, 500}
+    assert {fields.get("classifier_alpha", 0.2) for fields in cells.values()} == {0.0, 0.1, 0.2, 0.5}
+    assert any(fields.get("train_entities") == "spacy" for fields in cells.values())
