@@ -58,6 +58,15 @@ def recipe(tmp_path, corpus, tiny_whisper, tiny_llama):
     return write
 
 
+@pytest.fixture
+def text_tools(monkeypatch):
+    """A tagger of this corpus's words in the place of spaCy's model."""
+    nlp = spacy.blank("en")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "GPE", "pattern": "user"}])
+    tagger = eval_sense.SpacyTagger
+    monkeypatch.setattr(tagger, "from_pretrained", lambda combined=False: tagger(nlp, combined))
+
+
 @pytest.mark.parametrize("audio_tokens", ["trim", "fixed"])
 def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "time_mask": 0.2}
@@ -145,6 +154,31 @@ def test_command_line_wins_over_the_recipe(recipe):
     assert training.learning_rate == 5e-4 and args.prompts == {"asr": "Write."}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("**/[!a]*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path, tmp_path):
+    asked = ["--dataset_dir", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    args, training = train_sense.parse_recipe([str(path), *asked])
+    assert args.tasks.keys() <= args.prompts.keys() and args.lora_r == 32
+    if training.metric_for_best_model:
+        _, metric = training.metric_for_best_model.split("_", 1)
+        assert metric.split("_")[0] in {"wer", *args.tasks}
+
+
+def test_lower_case_keeps_the_offsets():
+    text = "MISTER İNCE CAME"  # a dotted capital I has two letters in lower case
+    assert train_sense.lower(text) == "mister İnce came" and len(train_sense.lower(text)) == len(text)
+
+
+def test_lowercase_and_spacy_labels_change_what_is_trained_on(recipe, corpus, monkeypatch, text_tools):
+    """Entities come from the text tools: with them, the classifier's weights are of their tags."""
+    seen = {}
+    monkeypatch.setattr(train_sense, "add_classifier", lambda args, model, train: seen.update(rows=list(train)))
+    train_sense.main([recipe(max_steps=1, lowercase=True, train_entities="spacy", save_strategy="no")])
+    for row in seen["rows"]:
+        at = row["text"].find("user")
+        assert row["entities"] == ([["PLACE", at, 4]] if at >= 0 else [])
+
+
 def test_wrong_column_names_those_present(recipe):
     with pytest.raises(
         ValueError, match="no text column 'words'; it has 'file_name', 'text', 'duration', 'entities', 'sentiment'"
@@ -171,14 +205,6 @@ ALL_TASKS = {
     "tasks": {"asr": 1, "ner": 2, "sa": 1},
     "prompts": {"asr": "Transcribe.", "ner": "Tag the entities.", "sa": "Which sentiment?"},
 }
-
-
-@pytest.fixture
-def text_tools(monkeypatch):
-    """A tagger of this corpus's words in the place of spaCy's model."""
-    nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "GPE", "pattern": "user"}])
-    monkeypatch.setattr(eval_sense.SpacyTagger, "from_pretrained", lambda: eval_sense.SpacyTagger(nlp))
 
 
 def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, capsys, text_tools):
