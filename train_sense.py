@@ -133,7 +133,7 @@ def _mapping(name: str, value: dict | str) -> dict:
 
 
 class TimeBudget(TrainerCallback, ExportableState):
-    """Ends training after `minutes` of steps; pauses and interruptions do not count."""
+    """Ends training after `minutes` of steps: loading data, evaluation, saving and interruptions do not count."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes
@@ -176,10 +176,17 @@ class SenseTrainer(Trainer):
         self.scored_rows = scored_rows
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
-        self.budget = None
+        self.max_minutes = max_minutes
         if max_minutes is not None:
-            self.budget = TimeBudget(max_minutes)
-            self.add_callback(self.budget)
+            self.add_callback(TimeBudget(max_minutes))
+
+    @property
+    def budget(self) -> TimeBudget | None:
+        """Looked up each time: on resuming, Trainer puts a copy that knows what was spent in its place."""
+        found = next((c for c in self.callback_handler.callbacks if isinstance(c, TimeBudget)), None)
+        if found is not None:
+            found.minutes = self.max_minutes  # the recipe's, not the interrupted run's
+        return found
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Counts the clips that the classifier learns from over all parts of a step, as Trainer does with tokens."""

@@ -286,6 +286,11 @@ def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tm
     train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
     again = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert again["global_step"] <= state["global_step"] + 1
+    # With more minutes it goes on, and the rate falls from where the clock stands.
+    train_sense.main([recipe(**endless), "--max_minutes", "0.04"])
+    later = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    rates = [e["learning_rate"] for e in later["log_history"] if e["step"] > again["global_step"] and "loss" in e]
+    assert later["global_step"] > again["global_step"] and rates and max(rates) < 0.6e-3
 
 
 @pytest.mark.parametrize("classifier", [None, "ner", "sa"])
