@@ -23,7 +23,7 @@ setup(
         # with torch 2.11 to 2.14, not with a CPU-only build.
         "torch>=2.11,<2.15",
         "torchaudio>=2.11,<2.12",
-        "transformers>=5.23,<6",
+        "transformers>=5.24,<6",  # 5.24 renamed past_key_values to cache
         "accelerate>=1.14,<2",
         "peft>=0.21,<1",
         "datasets>=5.0,<6",

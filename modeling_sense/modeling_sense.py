@@ -161,7 +161,7 @@ class SensePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -278,7 +278,7 @@ class SenseModel(SensePreTrainedModel):
         pooled_features_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -310,7 +310,7 @@ class SenseModel(SensePreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -350,7 +350,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         pooled_features_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         classifier_labels: torch.Tensor | None = None,
@@ -382,7 +382,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             pooled_features_mask=pooled_features_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -406,7 +406,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -464,7 +464,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             and resolved.cache_implementation is None
             and resolved.prefill_chunk_size is None
             and mode != GenerationMode.ASSISTED_GENERATION
-            and kwargs.get("past_key_values") is None
+            and kwargs.get("cache") is None
             and kwargs.get("inputs_embeds") is None
         )
 
@@ -480,13 +480,13 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             input_ids=input_ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions[:, :-1],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             **{name: kwargs.pop(name, None) for name in AUDIO_INPUTS},
         )
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        kwargs["past_key_values"] = cache
+        kwargs["cache"] = cache
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
