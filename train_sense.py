@@ -50,6 +50,9 @@ class SenseArguments:
         default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", metadata={"help": "language model: Hub id or folder"}
     )
     backbone_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen weights"})
+    text_attn_implementation: str = field(
+        default=None, metadata={"help": "the language model's attention: on CPUs eager trains faster than sdpa"}
+    )
     num_audio_tokens: int = field(default=250, metadata={"help": "steps that 30 s of speech are pooled to"})
     audio_tokens: str = field(default="trim", metadata={"help": "trim (those that hold speech) or fixed (all)"})
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA on q, k, v; 0 trains the adapter alone"})
@@ -306,12 +309,14 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
         audio, text = resolve_backbone(args.audio_backbone), resolve_backbone(args.text_backbone)
     tokens = {"num_audio_tokens": args.num_audio_tokens, "audio_tokens": args.audio_tokens}
     processor = SenseProcessor.from_backbones(audio, text, prompts=args.prompts, **tokens)
-    dtype = getattr(torch, args.backbone_dtype)
+    how = {"dtype": getattr(torch, args.backbone_dtype)}
+    if args.text_attn_implementation:
+        how["attn_implementation"] = {"text_config": args.text_attn_implementation}
     if args.init_from and not (Path(args.init_from) / ADAPTER_CONFIG).is_file():
-        model = SenseForConditionalGeneration.from_pretrained(args.init_from, dtype=dtype)
+        model = SenseForConditionalGeneration.from_pretrained(args.init_from, **how)
         _require_same(args, model.config)
     else:
-        model = SenseForConditionalGeneration.from_backbones(audio, text, dtype=dtype, **tokens)
+        model = SenseForConditionalGeneration.from_backbones(audio, text, **how, **tokens)
         # By the name in the recipe: a path of this machine would mean nothing on another.
         model.config.backbones["audio"]["id"] = args.audio_backbone
         model.config.backbones["text"]["id"] = args.text_backbone
@@ -348,6 +353,15 @@ def add_classifier(args: SenseArguments, model, train):
             listed = ", ".join(f"{tag} {weight:.1f}" for tag, weight in zip(labels, weights))
             print(f"classifier's tag weights (at most {args.classifier_max_weight:g}): {listed}", flush=True)
     model.add_classifier(labels, args.classifier == "ner", weights, args.classifier_alpha)
+
+
+def count_trained(model) -> dict[str, int]:
+    """Trained parameters by part of the model; the classifier's are gone after training."""
+    sizes = {"adapter": 0, "LoRA": 0, "classifier": 0}
+    for name, tensor in model.trained_state_dict().items():
+        part = "classifier" if name.startswith("classifier.") else "LoRA" if ".lora_" in name else "adapter"
+        sizes[part] += tensor.numel()
+    return sizes
 
 
 def load_split(args: SenseArguments, split: str, most: int | None):
@@ -446,16 +460,17 @@ def main(argv: list[str] | None = None) -> dict:
         adapter_learning_rate=args.adapter_learning_rate,
         max_minutes=args.max_minutes,
     )
-    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad)
-    inference = sum(p.numel() for p in model.trained_state_dict(inference=True).values())
+    sizes = count_trained(model)
     if PartialState().is_main_process:
+        parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
         print(
-            f"trained parameters: {trained:,} (kept for inference: {inference:,}); clips: {len(train)}; "
+            f"trained parameters: {sum(sizes.values()):,} ({parts}); clips: {len(train)}; "
             f"rows an epoch: {len(trainer.train_dataset)}; resuming from: {checkpoint}",
             flush=True,
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() | {"trained_parameters": inference, "train_clips": len(train)}
+    kept = sum(sizes.values()) - sizes["classifier"]
+    metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
     trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()

@@ -9,7 +9,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from .metrics import load_metric
 from .metrics.slue_ner.slue_ner import count_matches
-from .tasks import SENTIMENTS, Answer, combine, phrases
+from .tasks import SENTIMENTS, TASKS, Answer, combine, phrases
 
 
 NORMALIZE = EnglishTextNormalizer()
@@ -151,11 +151,10 @@ def score(rows: list[dict], answers: dict[str, list[Answer]]) -> dict:
 
     Args:
         rows: of the project's schema, the references.
-        answers: by task, one a row. A task without a labelled row is left out.
+        answers: by task, one a row. A task without a labelled row, or without a scorer here, is left out.
     """
     metrics = {}
     for name, given in answers.items():
-        labels = {"asr": "text", "ner": "entities", "sa": "sentiment"}[name]
-        if any(row[labels] is not None for row in rows):
+        if name in SCORERS and any(row[TASKS[name].label] is not None for row in rows):
             metrics |= SCORERS[name](rows, given)
     return metrics

@@ -54,6 +54,7 @@ class Task:
 
     prompt: str
     name: ClassVar[str]
+    label: ClassVar[str]  # column of the schema that a row must have filled to be scored
     classes: ClassVar[tuple[str, ...] | None] = None  # the answers, where they are few
     tokens_per_second: ClassVar[int] = 0  # of speech: more than a true answer needs
 
@@ -74,7 +75,7 @@ class Task:
 class TranscriptTask(Task):
     """ASR: the words."""
 
-    name = "asr"
+    name, label = "asr", "text"
     tokens_per_second = 7
 
     def target(self, row: dict) -> str:
@@ -87,7 +88,7 @@ class TranscriptTask(Task):
 class EntityTask(Task):
     """NER: the words, entities in tags: `<PERSON> anna karenina </PERSON> left <PLACE> moscow </PLACE>`."""
 
-    name = "ner"
+    name, label = "ner", "entities"
     tokens_per_second = 12
 
     def target(self, row: dict) -> str | None:
@@ -100,7 +101,7 @@ class EntityTask(Task):
 class SentimentTask(Task):
     """SA: one word."""
 
-    name = "sa"
+    name, label = "sa", "sentiment"
     classes = SENTIMENTS
 
     def target(self, row: dict) -> str | None:

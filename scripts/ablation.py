@@ -2,6 +2,9 @@
 """
 Trains and scores the cells of an ablation, each with the same minutes of training, and compares them.
 
+A recipe holds `cells`, what makes each one; `shared`, the fields of all; and, if they are to go on from a stage that
+they have in common, `first`, the fields of that stage. It is trained once for each number of audio tokens.
+
     python scripts/ablation.py recipes/ablation.yaml --dataset_dir DIR --minutes 15 [--cells adapter "+ LoRA"]
 
 A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
@@ -25,11 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 from processing.report import comparison, markdown_table, plot_comparison, write_text  # noqa: E402
 from processing.scoring import HEADLINES  # noqa: E402
+from train_sense import SenseArguments  # noqa: E402
 
 
-def read_recipe(path: Path, chosen: list[str] | None) -> tuple[dict, dict[str, dict]]:
+def read_recipe(path: Path, chosen: list[str] | None) -> tuple[dict, dict, dict[str, dict]]:
     """
-    The fields that all cells share, and by name those that make each cell.
+    The fields of the stage before the cells (none: no such stage), those that all cells share, and by name those that
+    make each cell.
 
     Raises:
         ValueError: the recipe is missing or has other parts, or a chosen cell is not in it.
@@ -37,35 +42,43 @@ def read_recipe(path: Path, chosen: list[str] | None) -> tuple[dict, dict[str, d
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or recipe.keys() != {"shared", "cells"}:
-        raise ValueError(f"{path} must hold `shared` and `cells` and nothing else")
+    if not isinstance(recipe, dict) or recipe.keys() - {"first"} != {"shared", "cells"}:
+        raise ValueError(f"{path} must hold `shared` and `cells`, may hold `first`, and nothing else")
     cells = {name: fields or {} for name, fields in recipe["cells"].items()}
     for name in chosen or []:
         if name not in cells:
             raise ValueError(f"{path}: there is no cell {name!r}; there are {', '.join(cells)}")
-    return recipe["shared"], {name: cells[name] for name in chosen or cells}
+    return recipe.get("first") or {}, recipe["shared"], {name: cells[name] for name in chosen or cells}
 
 
-def run_cell(folder: Path, fields: dict, args: argparse.Namespace):
+def train(folder: Path, fields: dict, args: argparse.Namespace):
     """
-    Trains and scores one cell in `folder`, or what is left of it.
+    Trains in `folder`, or what is left of it.
 
     Raises:
-        ValueError: the folder holds a cell of other settings.
+        ValueError: the folder holds a training of other settings.
     """
+    fields = fields | {"dataset_dir": args.dataset_dir, "output_dir": str(folder)}
     recipe, made = folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False)
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != made:
         raise ValueError(f"{folder} was made with other settings (see its recipe.yaml): choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(recipe, made)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes)]
     if not (folder / "metrics.json").is_file():
-        subprocess.run([*launch, str(ROOT / "train_sense.py"), str(recipe)], check=True)
+        launch(args, "train_sense.py", str(recipe))
+
+
+def evaluate(folder: Path, fields: dict, args: argparse.Namespace):
+    """Scores what was trained in `folder`, unless that was done."""
     if not (folder / "scored" / "metrics.json").is_file():
         asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": folder / "scored"}
         asked |= {"text_column": fields.get("text_column", "text"), "show": 0}
-        options = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
-        subprocess.run([*launch, str(ROOT / "eval_sense.py"), *options], check=True)
+        launch(args, "eval_sense.py", *(part for name, value in asked.items() for part in (f"--{name}", str(value))))
+
+
+def launch(args: argparse.Namespace, script: str, *options: str):
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes)]
+    subprocess.run([*start, str(ROOT / script), *options], check=True)
 
 
 def collect(folder: Path) -> dict:
@@ -106,12 +119,18 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args(argv)
-    shared, cells = read_recipe(args.recipe, args.cells)
+    first, shared, cells = read_recipe(args.recipe, args.cells)
     found = {}
     for name, changes in cells.items():
+        fields = {**shared, **changes, "max_minutes": args.minutes}
+        if first:
+            tokens = fields.get("num_audio_tokens", SenseArguments.num_audio_tokens)
+            before = args.output_dir / f"first_{tokens}_audio_tokens"
+            train(before, {**shared, **first, "num_audio_tokens": tokens}, args)
+            fields["init_from"] = str(before)
         folder = args.output_dir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        fields = {**shared, **changes, "dataset_dir": args.dataset_dir, "max_minutes": args.minutes}
-        run_cell(folder, fields | {"output_dir": str(folder)}, args)
+        train(folder, fields, args)
+        evaluate(folder, fields, args)
         found[name] = collect(folder)
         write_comparison(args.output_dir, found)
         print((args.output_dir / "ablation.md").read_text(encoding="utf-8"), flush=True)

@@ -14,11 +14,13 @@ from tests.conftest import write_corpus
 @pytest.fixture
 def recipe(tmp_path, tiny_whisper, tiny_llama):
     shared = {"audio_backbone": tiny_whisper, "text_backbone": tiny_llama, "backbone_dtype": "float32"}
-    shared |= {"tasks": {"ner": 1, "sa": 1}, "prompts": {"ner": "Tag.", "sa": "Which?"}, "use_cpu": True}
+    shared |= {"tasks": {"ner": 1, "sa": 1}, "prompts": {"asr": "Write.", "ner": "Tag.", "sa": "Which?"}}
+    shared |= {"use_cpu": True}
     shared |= {"max_steps": 2, "eval_strategy": "no", "save_steps": 1, "learning_rate": "1e-3", "scored_samples": 2}
+    first = {"tasks": {"asr": 1}, "max_steps": 1}
     cells = {"adapter": None, "+ LoRA": {"lora_r": 2}, "never run": {"lora_r": "bad"}}
     path = tmp_path / "ablation.yaml"
-    path.write_text(yaml.safe_dump({"shared": shared, "cells": cells}, sort_keys=False))
+    path.write_text(yaml.safe_dump({"first": first, "shared": shared, "cells": cells}, sort_keys=False))
     return path
 
 
@@ -31,6 +33,10 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
     found = ablation.main([*asked, "--cells", "adapter", "+ LoRA"])
     assert found["adapter"]["trained_parameters"] < found["+ LoRA"]["trained_parameters"]
     assert found["adapter"]["steps"] == 2
+    assert json.loads((out / "first_250_audio_tokens" / "trainer_state.json").read_text())["global_step"] == 1
+    for cell in ("adapter", "lora"):
+        fields = yaml.safe_load((out / cell / "recipe.yaml").read_text())
+        assert fields["init_from"] == str(out / "first_250_audio_tokens") and fields["tasks"] == {"ner": 1, "sa": 1}
     table = (out / "ablation.md").read_text().splitlines()
     assert table[0].startswith("|  | trained | steps | WER |") and [row.split(" | ")[0] for row in table[2:]] == [
         "| adapter",
@@ -75,12 +81,13 @@ def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
     with pytest.raises(ValueError, match="there is no recipe"):
         ablation.read_recipe(tmp_path / "none.yaml", None)
     (tmp_path / "bad.yaml").write_text("cells: {}")
-    with pytest.raises(ValueError, match="must hold `shared` and `cells` and nothing else"):
+    with pytest.raises(ValueError, match="must hold `shared` and `cells`, may hold `first`"):
         ablation.read_recipe(tmp_path / "bad.yaml", None)
 
 
 def test_shipped_recipe_has_the_cells_of_the_question():
-    shared, cells = ablation.read_recipe(ablation.ROOT / "recipes" / "ablation.yaml", None)
+    first, _, cells = ablation.read_recipe(ablation.ROOT / "recipes" / "ablation.yaml", None)
+    assert first["tasks"] == {"asr": 1} and "classifier" not in first and "lora_r" not in first
     assert list(cells)[:4] == ["adapter", "+ classifier", "+ LoRA", "+ both"]
     assert {fields.get("num_audio_tokens", 250) for fields in cells.values()} == {125, 250, 500}
     assert {fields.get("classifier_alpha", 0.2) for fields in cells.values()} == {0.0, 0.1, 0.2, 0.5}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import eval_sense
 import train_sense
 from processing import report
+from processing.tasks import TASKS, Answer, Task
 from scripts import transcribe
 from tests.conftest import make_corpus, write_corpus
 
@@ -107,6 +108,15 @@ def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, t
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path):
     train_sense.main([recipe(warm_start=False), "--max_steps", "2"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_clips"] == 12
+
+
+def test_attention_of_the_language_model_alone_can_be_chosen(recipe, tmp_path):
+    eager = {"text_attn_implementation": "eager", "max_steps": 1}
+    train_sense.main([recipe(**eager)])
+    for source in ({}, {"init_from": str(tmp_path / "out")}):
+        model, _ = train_sense.build_model(train_sense.parse_recipe([recipe(**eager, **source)])[0])
+        assert model.model.language_model.config._attn_implementation == "eager"
+        assert model.model.audio_tower.config._attn_implementation == "sdpa"
 
 
 def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
@@ -245,6 +255,25 @@ def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
     answers = eval_sense.understand(model, processor, rows, ["asr", "ner", "sa"], num_beams=3, batch_size=2)
     assert sum(encoded) == len(rows) == 5
     assert answers["ner"] == eval_sense.understand(model, processor, rows, ["ner"], num_beams=3)["ner"]
+
+
+def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
+    class Echo(Task):
+        name, label, tokens_per_second = "echo", "text", 7
+
+        def target(self, row):
+            return f"{row['text']} {row['text']}"
+
+        def parse(self, answer):
+            return Answer(text=answer)
+
+    monkeypatch.setitem(TASKS, Echo.name, Echo)
+    mixed = {"tasks": {"asr": 1, "echo": 0.5}, "prompts": {"asr": "Transcribe.", "echo": "Say it twice."}}
+    train_sense.main([recipe(**mixed)])
+    asked = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    assert "wer" in eval_sense.main([*asked, "--tasks", "echo", "asr"])
+    rows = [json.loads(line) for line in (tmp_path / "scored" / "utterances.jsonl").read_text().splitlines()]
+    assert all("echo" in row and "asr" in row for row in rows)
 
 
 def test_trained_for_entities_alone_still_answers_what_can_be_read(recipe, corpus, tmp_path):
