@@ -23,7 +23,8 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
 from eval_sense import parse_answers, shuffle_audio, start_processes, understand
 from modeling_sense import SenseForConditionalGeneration
@@ -156,7 +157,10 @@ class TimeBudget(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         # One clock for all processes: their learning rates must be the same.
         self.seconds = broadcast_object_list([self.seconds + time.perf_counter() - self.began])[0]
-        control.should_training_stop = control.should_training_stop or not self.left
+        if not self.left:  # the last step is evaluated and kept, as Trainer does at max_steps
+            control.should_training_stop = True
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
 
 
 class SenseTrainer(Trainer):
@@ -232,6 +236,12 @@ class SenseTrainer(Trainer):
             )
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=self.train_dataset.lengths)
+
     def get_eval_dataloader(self, eval_dataset=None):
         training, self.data_collator = self.data_collator, self.eval_collator
         try:
@@ -265,6 +275,8 @@ class SenseTrainer(Trainer):
     # written beside it by Trainer itself.
 
     def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:  # Trainer calls this on all processes
+            return
         folder = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save_adapter(folder)
         self.processing_class.save_pretrained(folder)
@@ -323,10 +335,13 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
         if args.init_from:
             model.load_adapter(args.init_from)
             model.remove_classifier()
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     if args.lora_r and model.config.lora is None:
-        model.add_lora(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
-    elif (model.config.lora or {"r": 0})["r"] != args.lora_r:
-        raise ValueError(f"{args.init_from} has LoRA {model.config.lora}, the recipe says lora_r: {args.lora_r}")
+        model.add_lora(**lora)
+    elif args.lora_r or model.config.lora:
+        found = model.config.lora
+        if not args.lora_r or any(found[name] != value for name, value in lora.items()):
+            raise ValueError(f"{args.init_from} has LoRA {found}, the recipe says {lora}")
     return model, processor
 
 
@@ -365,12 +380,17 @@ def count_trained(model) -> dict[str, int]:
 
 
 def load_split(args: SenseArguments, split: str, most: int | None):
-    columns = {"audio_column": args.audio_column, "text_column": args.text_column, "entity_tags": args.entity_tags}
-    dataset = load_corpus(args.dataset_dir, split, config_name=args.config_name, **columns)
+    dataset = load_corpus(
+        args.dataset_dir,
+        split,
+        config_name=args.config_name,
+        audio_column=args.audio_column,
+        text_column=args.text_column,
+        entity_tags=args.entity_tags,
+        lowercase=args.lowercase,
+    )
     if most:
         dataset = dataset.select(range(min(most, len(dataset))))
-    if args.lowercase:
-        dataset = dataset.map(lambda row: {"text": lower(row["text"])})
     return dataset.add_column("cache_index", list(range(len(dataset))))
 
 
@@ -385,22 +405,43 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
         )
 
 
-def lower(text: str) -> str:
-    """Lower case letter by letter, so that the entities' offsets stay right: some letters have two in lower case."""
-    return "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
+class Mixture(torch.utils.data.Dataset):
+    """
+    The questions of a training epoch, a row each with its `task`. Where a task shows some of its rows only,
+    `set_epoch`, which Trainer calls, draws others.
+    """
+
+    def __init__(self, args: SenseArguments, rows, cache, tasks, seed: int):
+        self.rows, self.tasks, self.seed = rows, tasks, seed
+        self.weights, self.balance = args.tasks, args.balance_classes
+        self.labels = list(rows.select_columns(["text", "entities", "sentiment"]))
+        # What `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second.
+        self.row_lengths = cache.lengths if cache else [math.ceil(100 * (s or 0)) for s in rows["duration"]]
+        self.lengths: list[int] = []
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
+        self.lengths[:] = [self.row_lengths[row] for row, _ in self.pairs]  # in place: the sampler holds this list
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        row, task = self.pairs[index]
+        return {**self.rows[row], "task": task}
 
 
-def add_tasks(args: SenseArguments, dataset, tasks, weights: dict[str, float], seed: int):
-    """A row for each question that an epoch asks."""
-    labels = dataset.select_columns(["text", "entities", "sentiment"])
-    pairs = mix(list(labels), tasks, weights, args.balance_classes, seed)
-    return dataset.select([row for row, _ in pairs]).add_column("task", [name for _, name in pairs])
+def ask_once(rows, tasks):
+    """Each row once for each task that it has a label for."""
+    pairs = mix(list(rows.select_columns(["text", "entities", "sentiment"])), tasks, dict.fromkeys(tasks, 1.0))
+    return rows.select([row for row, _ in pairs]).add_column("task", [name for _, name in pairs])
 
 
-def add_lengths(dataset, cache, column: str):
-    """Adds what `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second."""
-    lengths = cache.lengths if cache else [math.ceil(100 * (seconds or 0)) for seconds in dataset["duration"]]
-    return dataset.add_column(column, lengths)
+def spread(rows, number: int | None):
+    """So many rows, evenly spaced; all by default."""
+    number = min(number or len(rows), len(rows))
+    return rows.select([i * len(rows) // number for i in range(number)])
 
 
 def start_adapter(args: SenseArguments, model, processor, train):
@@ -432,13 +473,13 @@ def main(argv: list[str] | None = None) -> dict:
     training.restore_callback_states_from_checkpoint = True
     model, processor = build_model(args)
     tasks = make_tasks(args.prompts, args.tasks)
-    train = load_split(args, args.train_split, args.max_train_samples)
-    dev = load_split(args, args.eval_split, args.max_eval_samples)
+    with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
+        train = load_split(args, args.train_split, args.max_train_samples)
+        dev = load_split(args, args.eval_split, args.max_eval_samples)
     if args.train_entities == "spacy":
         tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
         train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
-    train, dev = (add_lengths(*pair, training.length_column_name) for pair in ((train, train_cache), (dev, dev_cache)))
     add_classifier(args, model, train)
 
     checkpoint = training.resume_from_checkpoint
@@ -446,17 +487,16 @@ def main(argv: list[str] | None = None) -> dict:
         checkpoint = get_last_checkpoint(training.output_dir)
     if checkpoint is None:
         start_adapter(args, model, processor, train)
-    once = dict.fromkeys(tasks, 1.0)
     held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=add_tasks(args, train, tasks, args.tasks, training.seed),
-        eval_dataset={name: add_tasks(args, rows, tasks, once, training.seed) for name, rows in held_out.items()},
+        train_dataset=Mixture(args, train, train_cache, tasks, training.seed),
+        eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
         data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
         processing_class=processor,
-        scored_rows=dev.select(range(0, len(dev), max(1, len(dev) // (args.scored_samples or len(dev))))),
+        scored_rows=spread(dev, args.scored_samples),
         adapter_learning_rate=args.adapter_learning_rate,
         max_minutes=args.max_minutes,
     )

@@ -41,6 +41,7 @@ def load_corpus(
     text_column: str = "text",
     config_name: str | None = None,
     entity_tags: str = "combined",
+    lowercase: bool = False,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
@@ -60,6 +61,7 @@ def load_corpus(
         text_column: column of the transcript. Entities are read from `entities`, or from SLUE's column for that text.
         config_name: configuration of a Hub dataset, such as `voxpopuli` or `voxceleb` of `asapp/slue`.
         entity_tags: `"combined"` (SLUE's 7, to which OntoNotes' tags are mapped) or `"raw"` (as the corpus has them).
+        lowercase: transcripts in lower case (LibriSpeech's are in upper case).
         streaming: return an `IterableDataset`, which downloads a Hub dataset as it is read.
 
     Raises:
@@ -68,7 +70,7 @@ def load_corpus(
     """
     if entity_tags not in ("combined", "raw"):
         raise ValueError(f"entity_tags: give combined or raw, found {entity_tags!r}")
-    columns = {"audio": audio_column, "text": text_column, "entity_tags": entity_tags}
+    columns = {"audio": audio_column, "text": text_column, "entity_tags": entity_tags, "lowercase": lowercase}
     folder = Path(dataset).expanduser()
     if folder.is_dir():
         rows = _read_folder(folder, split, columns)
@@ -95,7 +97,7 @@ def _read_folder(folder: Path, split: str, columns: dict) -> list[dict] | None:
         _require("split", split, librispeech, folder)
         for kind in ("audio", "text"):
             _require(f"{kind} column", columns[kind], ("audio", "text"), folder)
-        return _read_librispeech(folder / split)
+        return _read_librispeech(folder / split, columns)
     return None
 
 
@@ -141,16 +143,14 @@ def _read_json_lines(path: Path):
             yield row
 
 
-def _read_librispeech(folder: Path) -> list[dict]:
+def _read_librispeech(folder: Path, columns: dict) -> list[dict]:
     """Rows of one split of a LibriSpeech tree."""
     rows = []
     for transcript in sorted(folder.glob("*/*/*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.strip().partition(" ")
             audio = {"bytes": None, "path": str(transcript.parent / f"{name}.flac")}
-            rows.append(
-                _to_schema({"text": text}, audio, {"text": "text", "entity_tags": "raw"}, name, str(transcript))
-            )
+            rows.append(_to_schema({"text": text}, audio, columns, name, str(transcript)))
     _require_files(rows, folder)
     return rows
 
@@ -206,7 +206,7 @@ def _cut(audio: dict, start: float, end: float, where: str) -> tuple[dict, float
     try:
         with soundfile.SoundFile(source) as file:
             length = file.frames / file.samplerate
-            if length < max(end, end - start + 0.1):
+            if length < end - start + 0.1 or length <= start:
                 return audio, length
             file.seek(round(start * file.samplerate))
             samples, rate = file.read(round((end - start) * file.samplerate)), file.samplerate
@@ -224,6 +224,7 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> 
     text = row.get(columns["text"])
     if not isinstance(text, str):
         raise ValueError(f"{where}: {columns['text']} is {text!r}; give the transcript as a string")
+    text = lower(text) if columns["lowercase"] else text
     duration = row.get("duration")
     return {
         "id": str(row["id"]) if row.get("id") is not None else name,
@@ -234,6 +235,11 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> 
         "language": row.get("language"),
         "duration": None if duration is None else float(duration),
     }
+
+
+def lower(text: str) -> str:
+    """Lower case letter by letter, so that the entities' offsets stay right: some letters have two in lower case."""
+    return "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
 
 
 def _entities(row: dict, text: str, columns: dict, where: str) -> list[list] | None:

@@ -79,9 +79,16 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    tables = {}  # by title
+    if "ner_per_tag" in metrics:
+        tables["entities, by tag"] = tag_table(metrics["ner_per_tag"])
+    if "sa_confusion" in metrics:
+        tables["sentiment: said (rows), heard (columns)"] = confusion_table(metrics["sa_confusion"])
+        plot_confusion(metrics["sa_confusion"], folder / "sentiment.png")
     systems = {"SENSE": metrics, **metrics["controls"]}
-    headers, rows = comparison(systems)
-    write_text(folder / "results.md", markdown_table(headers, rows) + "\n")
+    tables["per cent [95 % interval, bootstrap over utterances]"] = comparison(systems)
+    sections = [f"## {title}\n\n{markdown_table(*found)}\n" for title, found in reversed(tables.items())]
+    write_text(folder / "results.md", "\n".join(sections))
     if show:
         worst = [
             [f"{row['wer']:.0f}", row["reference"], row.get("asr", row.get("ner"))] for row in table if "wer" in row
@@ -89,12 +96,8 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
         _print_table(
             f"worst {min(show, len(worst))} of {len(table)} utterances", ["WER %", "said", "heard"], worst[:show]
         )
-    if "ner_per_tag" in metrics:
-        _print_table("entities, by tag", *tag_table(metrics["ner_per_tag"]))
-    if "sa_confusion" in metrics:
-        _print_table("sentiment: said (rows), heard (columns)", *confusion_table(metrics["sa_confusion"]))
-        plot_confusion(metrics["sa_confusion"], folder / "sentiment.png")
-    _print_table("per cent [95 % interval, bootstrap over utterances]", headers, rows)
+    for title, found in tables.items():
+        _print_table(title, *found)
     for name, value in metrics.items():
         if isinstance(value, int | float):
             print(f"{name:28} {value:.2f}" if isinstance(value, float) else f"{name:28} {value}")

@@ -73,7 +73,8 @@ def evaluate(folder: Path, fields: dict, args: argparse.Namespace):
     if not (folder / "scored" / "metrics.json").is_file():
         asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": folder / "scored"}
         asked |= {"text_column": fields.get("text_column", "text"), "show": 0}
-        launch(args, "eval_sense.py", *(part for name, value in asked.items() for part in (f"--{name}", str(value))))
+        options = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+        launch(args, "eval_sense.py", *options, "--tasks", *fields["tasks"])
 
 
 def launch(args: argparse.Namespace, script: str, *options: str):
@@ -84,8 +85,8 @@ def launch(args: argparse.Namespace, script: str, *options: str):
 def collect(folder: Path) -> dict:
     """A finished cell's scores, its steps and the number of parameters that it trained."""
     scores = json.loads((folder / "scored" / "metrics.json").read_text(encoding="utf-8"))
-    # The words of the entity answers where no transcript was asked for.
-    scores = {name.removeprefix("ner_") if "wer" in name else name: value for name, value in scores.items()}
+    if "wer" not in scores:  # no transcript was asked for: the words of the entity answers
+        scores |= {name.removeprefix("ner_"): value for name, value in scores.items() if name.startswith("ner_wer")}
     trained = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     return scores | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}

@@ -71,8 +71,11 @@ def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
     (tmp_path / "scored" / "metrics.json").write_text(json.dumps(scores))
     (tmp_path / "metrics.json").write_text('{"trained_parameters": 7}')
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
-    expected = {"wer": 50.0, "wer_interval": [40.0, 60.0], "ner_f1": 10.0, "trained_parameters": 7, "steps": 3}
-    assert ablation.collect(tmp_path) == expected
+    expected = {"wer": 50.0, "wer_interval": [40.0, 60.0], "trained_parameters": 7, "steps": 3}
+    assert ablation.collect(tmp_path) == scores | expected
+    asked = scores | {"wer": 60.0, "wer_interval": [50.0, 70.0]}
+    (tmp_path / "scored" / "metrics.json").write_text(json.dumps(asked))
+    assert ablation.collect(tmp_path) == asked | {"trained_parameters": 7, "steps": 3}
 
 
 def test_bad_recipes_and_cells_are_named(recipe, tmp_path):

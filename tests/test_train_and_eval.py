@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import eval_sense
 import train_sense
 from processing import report
-from processing.tasks import TASKS, Answer, Task
+from processing.tasks import TASKS, Answer, Task, make_tasks
 from scripts import transcribe
 from tests.conftest import make_corpus, write_corpus
 
@@ -174,11 +175,6 @@ def test_shipped_recipes_are_valid(path, tmp_path):
         assert metric.split("_")[0] in {"wer", *args.tasks}
 
 
-def test_lower_case_keeps_the_offsets():
-    text = "MISTER İNCE CAME"  # a dotted capital I has two letters in lower case
-    assert train_sense.lower(text) == "mister İnce came" and len(train_sense.lower(text)) == len(text)
-
-
 def test_lowercase_and_spacy_labels_change_what_is_trained_on(recipe, corpus, monkeypatch, text_tools):
     """Entities come from the text tools: with them, the classifier's weights are of their tags."""
     seen = {}
@@ -238,7 +234,13 @@ def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, c
     assert list(controls) == ["true text, then spaCy / VADER", "true text, then the same LLM", "always Neutral"]
     assert controls["true text, then spaCy / VADER"]["ner_wer"] == 0
     assert controls["always Neutral"]["sa_accuracy"] == 60  # of five rows three
-    table = (out / "results.md").read_text().splitlines()
+    sections = [section.splitlines() for section in (out / "results.md").read_text().split("## ")[1:]]
+    assert [section[0].split(":")[0] for section in sections] == [
+        "per cent [95 % interval, bootstrap over utterances]",
+        "sentiment",
+        "entities, by tag",
+    ]
+    table = [line for line in sections[0] if line.startswith("|")]
     assert table[0].startswith("|  | WER | normalised | NER F1") and len(table) == 2 + 1 + 3
     assert table[-1].startswith("| always Neutral | - | - | - ") and "[" in table[-1]
     assert (out / "sentiment.png").stat().st_size > 5000
@@ -255,6 +257,31 @@ def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
     answers = eval_sense.understand(model, processor, rows, ["asr", "ner", "sa"], num_beams=3, batch_size=2)
     assert sum(encoded) == len(rows) == 5
     assert answers["ner"] == eval_sense.understand(model, processor, rows, ["ner"], num_beams=3)["ner"]
+
+
+def test_epochs_draw_other_rows_as_often():
+    args, rows = SimpleNamespace(tasks={"asr": 0.5, "sa": 1.5}, balance_classes=False), make_corpus(20)
+    mixture = train_sense.Mixture(args, rows, None, make_tasks({"asr": "Write.", "sa": "Which?"}), seed=0)
+    epochs = []
+    for epoch in (0, 1, 2, 1):
+        mixture.set_epoch(epoch)
+        epochs.append([mixture[i] for i in range(len(mixture))])
+        assert mixture.lengths == [round(100 * row["duration"]) for row in epochs[-1]]
+    shown = [sorted(row["id"] for row in epoch if row["task"] == "asr") for epoch in epochs]
+    assert [len(ids) for ids in shown] == [10] * 4
+    assert shown[0] != shown[1] != shown[2] and epochs[1] == epochs[3]
+
+
+def test_processes_that_do_not_save_write_nothing(tmp_path):
+    idle = SimpleNamespace(args=SimpleNamespace(should_save=False))
+    train_sense.SenseTrainer._save(idle, str(tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_rows_that_are_scored_are_spread_over_the_split():
+    rows = make_corpus(11)
+    assert train_sense.spread(rows, 4)["id"] == ["clip-0", "clip-2", "clip-5", "clip-8"]
+    assert len(train_sense.spread(rows, None)) == len(train_sense.spread(rows, 99)) == 11
 
 
 def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
@@ -298,8 +325,9 @@ def test_stages_go_on_from_an_output_folder_or_a_checkpoint(recipe, tmp_path):
         train_sense.main([recipe(**stage, **ALL_TASKS, classifier="sa", max_steps=1, save_strategy="no")])
         for name, weight in trained(second).items():
             assert torch.equal(weight, trained(first)[name]), name
-    with pytest.raises(ValueError, match=r"has LoRA .* the recipe says lora_r: 0"):
-        train_sense.main([recipe(init_from=str(first))])
+    for other in ({}, {"lora_r": 4, "lora_alpha": 64}, {"lora_r": 4, "lora_dropout": 0.5}):
+        with pytest.raises(ValueError, match=r"has LoRA .* the recipe says \{"):
+            train_sense.main([recipe(init_from=str(first), **other)])
     with pytest.raises(ValueError, match="num_audio_tokens is 250 there, 125 in the recipe"):
         train_sense.main([recipe(init_from=str(first), lora_r=4, num_audio_tokens=125)])
 

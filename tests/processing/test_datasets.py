@@ -385,3 +385,13 @@ def test_labels_that_cannot_be(tmp_path, label, message):
 def test_sentiment_in_lower_case_is_the_same(tmp_path):
     write_split(tmp_path / "c" / "train", [{"file_name": "a.wav", "text": "anna", "sentiment": " positive"}])
     assert load_corpus(tmp_path / "c", "train")[0]["sentiment"] == "Positive"
+
+
+def test_lower_case_keeps_the_offsets(tmp_path):
+    text = "MISTER \u0130NCE CAME"  # a dotted capital I has two letters in lower case
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.wav").write_bytes(wav(tone(0.5)))
+    line = {"file_name": "a.wav", "text": text, "entities": [["PERSON", 0, 11]]}
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    row = load_corpus(tmp_path, "train", lowercase=True)[0]
+    assert row["text"] == "mister \u0130nce came" and row["entities"] == [["PERSON", 0, 11]]
