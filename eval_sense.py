@@ -13,19 +13,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jiwer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
     StoppingCriteria,
     WhisperForConditionalGeneration,
-    set_seed,
 )
 
 import processing  # noqa: F401  registers the processor
@@ -33,7 +32,7 @@ from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import load_corpus
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
-from processing.scoring import score
+from processing.scoring import score, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
 from scripts.get_backbones import resolve_backbone
 
@@ -131,7 +130,8 @@ def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int =
 def _over_processes(dataset, answer: Callable[[list[dict]], list], batch_size: int, label: str) -> list:
     """Calls `answer` on batches of rows, longest first, shared out over the processes; results in row order."""
     state = PartialState()
-    order = sorted(range(len(dataset)), key=lambda i: (-(dataset[i]["duration"] or 0), i))
+    durations = dataset["duration"]
+    order = sorted(range(len(durations)), key=lambda i: (-(durations[i] or 0), i))
     mine = order[state.process_index :: state.num_processes]
     found = []
     batches = range(0, len(mine), batch_size)
@@ -158,8 +158,7 @@ def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -
     """By system, the answers of each control that was asked for."""
     systems = {}
     if "cascade" in args.controls:
-        source = resolve_backbone(model.config.backbones["audio"]["id"])
-        heard = transcribe_whisper(source, dataset, device=model.device, **how)
+        heard = transcribe_whisper(whisper_of(model), dataset, device=model.device, **how)
         systems["cascade: Whisper's own decoder, then spaCy / VADER"] = from_text(heard, tasks)
     if "gold" in args.controls:
         reading = [name for name in tasks if name != "asr"]
@@ -167,10 +166,31 @@ def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -
         read = understand_text(model, processor, dataset, reading, **how)
         systems["true text, then the same LLM"] = parse_answers(processor.prompts, read)
     if "majority" in args.controls and "sa" in tasks:
-        train = load_rows(args, args.train_split)
-        most = majority_sentiment(train["sentiment"])
+        most = majority_class(args)
         systems[f"always {most}"] = {"sa": [Answer(sentiment=most)] * len(dataset)}
     return systems
+
+
+def check_controls(args, model, tasks: list[str]):
+    """What would keep a control from running comes to light before hours of decoding, not after."""
+    if "cascade" in args.controls and AutoConfig.from_pretrained(whisper_of(model)).architectures == [
+        "WhisperEncoder"
+    ]:
+        raise ValueError(f"{whisper_of(model)} is an encoder alone: leave cascade out of --controls")
+    if {"cascade", "gold"} & set(args.controls):
+        from_text([], tasks)
+    if "majority" in args.controls and "sa" in tasks:
+        majority_class(args)
+
+
+def whisper_of(model) -> str:
+    """The checkpoint that the model's encoder came from."""
+    return resolve_backbone(model.config.backbones["audio"]["id"])
+
+
+def majority_class(args) -> str:
+    """The most frequent sentiment of the training split."""
+    return majority_sentiment(load_rows(args, args.train_split)["sentiment"])
 
 
 def from_text(texts: list[str], tasks: list[str]) -> dict[str, list[Answer]]:
@@ -201,9 +221,7 @@ def utterance_table(dataset, answers: dict[str, list[str]], parsed: dict[str, li
         if "ner" in parsed:
             line |= {"entities": parsed["ner"][i].entities, "malformed": parsed["ner"][i].malformed}
         if worded:
-            found = jiwer.process_words(row["text"], parsed[worded][i].text)
-            errors = found.substitutions + found.deletions + found.insertions
-            words = len(row["text"].split())
+            errors, words = word_errors(row["text"], parsed[worded][i].text)
             line |= {"errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
         table.append(line)
     return sorted(table, key=lambda line: -line.get("wer", 0))
@@ -236,13 +254,13 @@ def load_checkpoint(folder: str, dtype: str = "auto"):
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_processes()
-    set_seed(args.seed)
     model, processor = load_checkpoint(args.model, args.dtype)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
     dataset = load_rows(args, args.split)
     if args.max_samples:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    check_controls(args, model, tasks)
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 
     begin = time.perf_counter()
@@ -273,7 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="test")
     parser.add_argument("--train_split", default="train", help="where the majority control finds its class")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: those the model was trained for")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all that the model has a prompt for")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_samples", type=int)
@@ -282,7 +300,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shuffled_control", action="store_true", help="also score with the clips shuffled")
     parser.add_argument("--show", type=int, default=10, help="how many of the worst utterances to print")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 

@@ -363,7 +363,7 @@ def add_classifier(args: SenseArguments, model, train):
         labels, weights = list(SENTIMENTS), None
     else:
         labels = list(TAG_SETS[args.entity_tags])
-        weights = tag_weights(train, labels, args.classifier_max_weight)
+        weights = tag_weights(train["entities"], labels, args.classifier_max_weight)
         if PartialState().is_main_process:
             listed = ", ".join(f"{tag} {weight:.1f}" for tag, weight in zip(labels, weights))
             print(f"classifier's tag weights (at most {args.classifier_max_weight:g}): {listed}", flush=True)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from transformers import BatchFeature
@@ -96,11 +97,11 @@ def classifier_label(row: dict, classifier: dict) -> list[int] | int:
     return [int(label in present) for label in labels]
 
 
-def tag_weights(rows, tags: list[str], most: float) -> list[float]:
+def tag_weights(entities: Iterable[list | None], tags: list[str], most: float) -> list[float]:
     """
-    Weight of each tag: all tags / tags of that class, over the entities of `rows` (paper: classifier), no more than
-    `most`, which a tag that never occurs gets.
+    Weight of each tag: all tags / tags of that class, over the training rows' `entities` (paper: classifier), no more
+    than `most`, which a tag that never occurs gets.
     """
-    counts = Counter(tag for row in rows for tag, _, _ in row["entities"] or [])
+    counts = Counter(tag for found in entities for tag, _, _ in found or [])
     total = sum(counts[tag] for tag in tags)
     return [min(most, total / counts[tag]) if counts[tag] else most for tag in tags]

@@ -8,7 +8,7 @@ import numpy as np
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from .metrics import load_metric
-from .metrics.slue_ner.slue_ner import count_matches
+from .metrics.slue_ner.slue_ner import count_matches, normalize_phrase
 from .tasks import SENTIMENTS, TASKS, Answer, combine, phrases
 
 
@@ -25,20 +25,26 @@ def plain(text: str) -> str:
 
 
 def score_asr(rows: list[dict], answers: list[Answer]) -> dict:
-    """`wer` on the strings as they are, `wer_normalized` after Whisper's English normaliser."""
-    pairs = [(row["text"], answer.text or "") for row, answer in zip(rows, answers)]
-    normalized = [(NORMALIZE(reference), NORMALIZE(heard)) for reference, heard in pairs]
-    return _wer("wer", pairs) | _wer("wer_normalized", normalized)
+    """
+    `wer` on the strings as they are, `wer_slue` on them as SLUE scores text (marks dropped, possessives split),
+    `wer_normalized` after Whisper's English normaliser.
+    """
+    return _wers(rows, answers, {"wer": str, "wer_slue": normalize_phrase, "wer_normalized": NORMALIZE})
 
 
-def _wer(name: str, pairs: list[tuple[str, str]]) -> dict:
-    references, heard = zip(*pairs)
-    value = load_metric("wer").compute(predictions=list(heard), references=list(references))["wer"]
-    counts = np.array([_word_errors(*pair) for pair in pairs])
-    return {name: 100 * value, f"{name}_interval": bootstrap(counts, lambda sums: ratio(sums[..., 0], sums[..., 1]))}
+def _wers(rows: list[dict], answers: list[Answer], forms: dict[str, Callable[[str], str]]) -> dict:
+    """The WER by name, each on texts brought to its form."""
+    metrics = {}
+    for name, form in forms.items():
+        references = [form(row["text"]) for row in rows]
+        heard = [form(answer.text or "") for answer in answers]
+        metrics[name] = 100 * load_metric("wer").compute(predictions=heard, references=references)["wer"]
+        counts = np.array([word_errors(*pair) for pair in zip(references, heard)])
+        metrics[f"{name}_interval"] = bootstrap(counts, lambda sums: ratio(sums[..., 0], sums[..., 1]))
+    return metrics
 
 
-def _word_errors(reference: str, heard: str) -> tuple[int, int]:
+def word_errors(reference: str, heard: str) -> tuple[int, int]:
     """Errors, and words of the reference."""
     if not reference.strip():
         return len(heard.split()), 0
@@ -51,7 +57,8 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
     """
     SLUE's NER F1 and label-F1 on the 7 combined tags, of rows with entity labels: `ner_f1` and `ner_label_f1` on
     phrases as `plain` leaves them, `ner_f1_normalized` on phrases after Whisper's English normaliser ("two" is "2");
-    `ner_malformed_rate` is the share of answers with a tag that could not be read, `ner_wer` the WER of their words.
+    `ner_malformed_rate` is the share of answers with a tag that could not be read. `ner_wer` is the WER of their
+    words, possessives split on both sides as a tag may split them, `ner_wer_normalized` after Whisper's normaliser.
     """
     labelled = [(row, answer) for row, answer in zip(rows, answers) if row["entities"] is not None]
     metrics = {}
@@ -61,10 +68,12 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
         found = load_metric("slue_ner").compute(predictions=predictions, references=references)
         metrics |= _ner_with_intervals(suffix, found, predictions, references)
         if not suffix:
-            metrics |= {"ner_precision": 100 * found["precision"], "ner_recall": 100 * found["recall"]}
+            others = ("precision", "recall", "macro_f1", "label_precision", "label_recall", "label_macro_f1")
+            metrics |= {f"ner_{name}": 100 * found[name] for name in others}
             metrics["ner_per_tag"] = found["per_tag"]
     metrics["ner_malformed_rate"] = 100 * np.mean([answer.malformed > 0 for _, answer in labelled]).item()
-    return metrics | {f"ner_{k}": v for k, v in score_asr(*map(list, zip(*labelled))).items()}
+    forms = {"ner_wer": normalize_phrase, "ner_wer_normalized": NORMALIZE}
+    return metrics | _wers(*map(list, zip(*labelled)), forms)
 
 
 def _ner_with_intervals(suffix: str, found: dict, predictions: list, references: list) -> dict:

@@ -12,13 +12,15 @@ import pytest
 import soundfile
 import spacy
 import torch
+import yaml
 from safetensors.torch import load_file
+from transformers import WhisperModel
 
 import eval_sense
 import train_sense
 from processing import report
-from processing.tasks import TASKS, Answer, Task, make_tasks
-from scripts import transcribe
+from processing.tasks import TASKS, Answer, Task, make_tasks, read_tags
+from scripts import ablation, transcribe
 from tests.conftest import make_corpus, write_corpus
 
 
@@ -167,12 +169,25 @@ def test_command_line_wins_over_the_recipe(recipe):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("**/[!a]*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path, tmp_path):
-    asked = ["--dataset_dir", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    args, training = train_sense.parse_recipe([str(path), *asked])
+    args, training = parse(path, tmp_path)
     assert args.tasks.keys() <= args.prompts.keys() and args.lora_r == 32
     if training.metric_for_best_model:
         _, metric = training.metric_for_best_model.split("_", 1)
         assert metric.split("_")[0] in {"wer", *args.tasks}
+
+
+def test_the_cells_of_the_ablation_are_valid(tmp_path):
+    first, shared, cells = ablation.read_recipe(ROOT / "recipes" / "ablation.yaml", None)
+    for fields in ({**shared, **first}, *({**shared, **cell} for cell in cells.values())):
+        path = tmp_path / "cell.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        args, _ = parse(path, tmp_path)
+        assert args.tasks.keys() <= args.prompts.keys()
+
+
+def parse(path, tmp_path):
+    asked = ["--dataset_dir", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    return train_sense.parse_recipe([str(path), *asked])
 
 
 def test_lowercase_and_spacy_labels_change_what_is_trained_on(recipe, corpus, monkeypatch, text_tools):
@@ -248,6 +263,27 @@ def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, c
     assert {"asr", "ner", "sa", "entities", "reference_entities", "reference_sentiment"} <= rows[0].keys()
 
 
+def test_what_keeps_a_control_from_running_is_said_first(recipe, tmp_path, tiny_whisper, monkeypatch):
+    """Before any clip is listened to."""
+    unlabelled = write_corpus(tmp_path / "unlabelled", train=2, test=2)
+    for path in Path(unlabelled).glob("*/metadata.jsonl"):
+        path.write_text(path.read_text().replace('"sentiment"', '"mood"'))
+    train_sense.main([recipe(**ALL_TASKS, max_steps=1)])
+    asked = ["--model", str(tmp_path / "out"), "--dataset", unlabelled, "--output_dir", str(tmp_path / "scored")]
+    monkeypatch.setattr(eval_sense, "understand", lambda *_, **__: pytest.fail("listened first"))
+    with pytest.raises(ValueError, match="none of the training rows has a sentiment"):
+        eval_sense.main([*asked, "--controls", "majority"])
+    missing = ImportError("spacy can't be imported")
+    monkeypatch.setattr(eval_sense.SpacyTagger, "from_pretrained", lambda **_: (_ for _ in ()).throw(missing))
+    with pytest.raises(ImportError, match="spacy can't be imported"):
+        eval_sense.main([*asked, "--controls", "gold"])
+    encoder = WhisperModel.from_pretrained(tiny_whisper).encoder
+    encoder.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(eval_sense, "whisper_of", lambda model: str(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="is an encoder alone: leave cascade out of --controls"):
+        eval_sense.main([*asked, "--controls", "cascade"])
+
+
 def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
     train_sense.main([recipe(**ALL_TASKS, max_steps=1)])
     model, processor = eval_sense.load_checkpoint(str(tmp_path / "out"))
@@ -307,7 +343,11 @@ def test_trained_for_entities_alone_still_answers_what_can_be_read(recipe, corpu
     train_sense.main([recipe(tasks={"ner": 1}, prompts={"ner": "Tag."}, max_steps=1)])
     asked = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
     scored = eval_sense.main(asked)
-    assert 0 <= scored["ner_malformed_rate"] <= 100 and "wer" not in scored and "ner_wer" in scored
+    rows = [json.loads(line) for line in (tmp_path / "scored" / "utterances.jsonl").read_text().splitlines()]
+    malformed = [read_tags(row["ner"]).malformed for row in rows]
+    assert [row["malformed"] for row in rows] == malformed
+    assert scored["ner_malformed_rate"] == pytest.approx(100 * sum(n > 0 for n in malformed) / len(rows))
+    assert "wer" not in scored and "ner_wer" in scored
     with pytest.raises(ValueError, match="task 'sa' has no prompt; the prompts are for ner"):
         eval_sense.main([*asked, "--tasks", "ner", "sa"])
 

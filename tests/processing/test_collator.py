@@ -73,13 +73,9 @@ def test_classifier_labels():
 
 
 def test_tag_weights_are_all_tags_over_those_of_the_class():
-    rows = [
-        {"entities": [["A", 0, 1]] * 6 + [["B", 0, 1]]},
-        {"entities": None},
-        {"entities": [["B", 0, 1], ["D", 0, 1]]},
-    ]
-    assert tag_weights(rows, ["A", "B", "C"], most=20) == [8 / 6, 4, 20]
-    assert tag_weights(rows, ["A", "B", "C"], most=3) == [8 / 6, 3, 3]
+    entities = [[["A", 0, 1]] * 6 + [["B", 0, 1]], None, [["B", 0, 1], ["D", 0, 1]]]
+    assert tag_weights(entities, ["A", "B", "C"], most=20) == [8 / 6, 4, 20]
+    assert tag_weights(entities, ["A", "B", "C"], most=3) == [8 / 6, 3, 3]
 
 
 def test_cache_gives_the_loss_of_the_audio(sense, corpus, tmp_path):
@@ -121,7 +117,7 @@ def test_cache_keeps_a_version_of_each_clip_per_speed(sense, corpus, tmp_path):
 
 def test_faster_is_shorter():
     assert len(change_speed(tone(1.0), 1.25)) == pytest.approx(16000 / 1.25, abs=2)
-    assert change_speed(tone(1.0), 1.0) is not None
+    assert change_speed(tone(1.0), 1.0).tolist() == tone(1.0).tolist()
 
 
 def test_mask_hides_about_the_share_asked_for_and_leaves_the_rest():

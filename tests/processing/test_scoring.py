@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from processing.scoring import bootstrap, plain, ratio, score, score_asr, score_ner, score_sa
-from processing.tasks import SENTIMENTS, Answer
+from processing.tasks import SENTIMENTS, Answer, make_tasks
 
 
 def make_rows(number: int, seed: int = 0) -> tuple[list[dict], list[Answer]]:
@@ -97,3 +97,18 @@ def test_tasks_without_labels_are_left_out():
     rows = [{"text": "a b", "entities": None, "sentiment": None}]
     found = score(rows, {"asr": [Answer("a b")], "ner": [Answer("a", [])], "sa": [Answer(sentiment="Neutral")]})
     assert found.keys() == score_asr(rows, [Answer("a b")]).keys()
+
+
+def test_slues_text_rule_drops_marks_and_splits_possessives():
+    rows = [{"text": "europe's plan, 2nd draft."}]
+    found = score_asr(rows, [Answer(text="europe 's plan 2nd draft")])
+    assert found["wer"] == 100 and found["wer_slue"] == 0  # three other words, one new
+
+
+def test_a_perfect_answer_has_no_errors_where_a_tag_parts_a_possessive():
+    task = make_tasks({"ner": "Tag."})["ner"]
+    row = {"text": "mister quilter's manner", "entities": [["PERSON", 7, 7]]}
+    assert task.target(row) == "mister <PERSON> quilter </PERSON> 's manner"
+    found = score_ner([row], [task.parse(task.target(row))])
+    assert found["ner_wer"] == found["ner_wer_normalized"] == 0 and found["ner_f1"] == 100
+    assert found["ner_macro_f1"] == found["ner_label_macro_f1"] == found["ner_label_recall"] == 100
