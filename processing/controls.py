@@ -3,7 +3,7 @@ Text-side controls for evaluation: what stock tools make of a transcript, withou
 
 spaCy tags entities, VADER rates sentiment, and the majority class knows nothing at all. A speech model that does not
 beat them on its own transcripts has learnt little from the audio. spaCy and vaderSentiment are optional:
-`pip install sense-asr[controls]`.
+`pip install '.[controls]'`.
 """
 
 import importlib
@@ -111,7 +111,7 @@ def _optional(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} can't be imported ({error}): `pip install sense-asr[controls]`") from error
+        raise ImportError(f"{package} can't be imported ({error}): `pip install '.[controls]'`") from error
 
 
 def _fetch_model() -> str:

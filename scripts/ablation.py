@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--minutes", type=float, required=True, help="of training, for each cell")
     parser.add_argument("--cells", nargs="+", help="default: all")
     parser.add_argument("--split", default="dev", help="to score on")
-    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--num_processes", type=int, default=1, help="GPUs to use; on CPUs it is always one process")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args(argv)
     first, shared, cells = read_recipe(args.recipe, args.cells)
