@@ -415,8 +415,7 @@ class Mixture(torch.utils.data.Dataset):
         self.rows, self.tasks, self.seed = rows, tasks, seed
         self.weights, self.balance = args.tasks, args.balance_classes
         self.labels = list(rows.select_columns(["text", "entities", "sentiment"]))
-        # What `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second.
-        self.row_lengths = cache.lengths if cache else [math.ceil(100 * (s or 0)) for s in rows["duration"]]
+        self.row_lengths = clip_lengths(rows, cache)
         self.lengths: list[int] = []
         self.set_epoch(0)
 
@@ -430,6 +429,11 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row, task = self.pairs[index]
         return {**self.rows[row], "task": task}
+
+
+def clip_lengths(rows, cache) -> list[int]:
+    """What `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second."""
+    return cache.lengths if cache else [math.ceil(100 * (seconds or 0)) for seconds in rows["duration"]]
 
 
 def ask_once(rows, tasks):
@@ -480,6 +484,7 @@ def main(argv: list[str] | None = None) -> dict:
         tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
         train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
+    dev = dev.add_column(training.length_column_name, clip_lengths(dev, dev_cache))
     add_classifier(args, model, train)
 
     checkpoint = training.resume_from_checkpoint

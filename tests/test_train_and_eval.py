@@ -108,8 +108,9 @@ def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, t
     assert f"{alone}\n  heard: {answers[1].strip()}" in printed
 
 
-def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path):
-    train_sense.main([recipe(warm_start=False), "--max_steps", "2"])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strategy):
+    train_sense.main([recipe(warm_start=False, train_sampling_strategy=strategy), "--max_steps", "2"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_clips"] == 12
 
 
