@@ -133,7 +133,7 @@ def test_package_is_missing(monkeypatch, package, make):
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"^{package} can't be imported .*: `pip install sense-asr\[controls\]`$"):
+    with pytest.raises(ImportError, match=rf"^{package} can't be imported .*: `pip install '.\[controls\]'`$"):
         make()
 
 
