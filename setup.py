@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"]),
     package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"]},
-    py_modules=["train_sense", "eval_sense"],
+    py_modules=["annotate_sense", "train_sense", "eval_sense"],
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
         # with torch 2.11 to 2.14, not with a CPU-only build.
@@ -46,6 +46,6 @@ setup(
     ],
     extras_require={
         "controls": CONTROLS,
-        "dev": [*CONTROLS, "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
+        "dev": [*CONTROLS, "transformers[serving]", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
     },
 )

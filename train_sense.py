@@ -30,6 +30,7 @@ from eval_sense import parse_answers, shuffle_audio, start_processes, understand
 from modeling_sense import SenseForConditionalGeneration
 from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
+from processing.annotation.noise import RATES, add_noise, with_annotation
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import load_corpus
@@ -74,6 +75,11 @@ class SenseArguments:
     train_entities: str = field(
         default="given", metadata={"help": "given, or spacy: in their place what spaCy finds in the transcripts"}
     )
+    label_noise: str = field(
+        default=None,
+        metadata={"help": "wrong entities among the training rows' own, such as {false_positives: 0.3, drops: 0.1}"},
+    )
+    filter_labels: bool = field(default=False, metadata={"help": "and annotate_sense.py's two filters after them"})
     balance_classes: bool = field(default=False, metadata={"help": "show each sentiment equally often"})
     classifier: str = field(
         default=None, metadata={"help": "regulariser: ner (tags) or sa (sentiment); none: without"}
@@ -121,6 +127,18 @@ class SenseArguments:
                 raise ValueError(f"tasks: the weight of {name} is {weight!r}; give a number above 0")
         if self.train_entities not in ("given", "spacy"):
             raise ValueError(f"train_entities: give given or spacy, found {self.train_entities!r}")
+        if self.label_noise is not None:
+            self.label_noise = _mapping("label_noise", self.label_noise)
+            if unknown := sorted(self.label_noise.keys() - set(RATES)):
+                raise ValueError(f"label_noise: there is no {unknown[0]!r}; there are {', '.join(RATES)}")
+            add_noise([], **self.label_noise)  # a wrong rate should not wait for the data
+            if self.entity_tags != "combined":
+                raise ValueError(f"label_noise knows the combined tags only, found entity_tags {self.entity_tags!r}")
+            if not self.filter_labels and set(self.tasks) != {"ner"}:
+                raise ValueError(
+                    "label_noise without filter_labels puts words into the transcripts: train the task ner alone, "
+                    f"found tasks {', '.join(self.tasks)}"
+                )
         if self.classifier not in (None, "ner", "sa"):
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
 
@@ -132,7 +150,7 @@ def _mapping(name: str, value: dict | str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"--{name} {value}: not JSON ({error}); write it like '{{\"asr\": 1}}'") from error
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{name} must map tasks to values, found {value!r}")
+        raise ValueError(f"{name} must map names to values, found {value!r}")
     return found
 
 
@@ -394,6 +412,21 @@ def load_split(args: SenseArguments, split: str, most: int | None):
     return dataset.add_column("cache_index", list(range(len(dataset))))
 
 
+def training_labels(args: SenseArguments, train, seed: int):
+    """The training rows with the entities that the recipe asks for: their own, spaCy's, or their own with noise."""
+    if args.train_entities == "spacy":
+        tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
+        train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
+    if args.label_noise is not None:
+        rows = list(train.select_columns(["text", "entities"]))
+        labelled = {index: row for index, row in enumerate(rows) if row["entities"] is not None}
+        noisy = add_noise(list(labelled.values()), **args.label_noise, seed=seed)
+        for index, pairs in zip(labelled, noisy):
+            rows[index] = with_annotation(rows[index], pairs, args.filter_labels)
+        train = train.map(lambda _, index: rows[index], with_indices=True)
+    return train
+
+
 def build_caches(args: SenseArguments, model, processor, train, dev):
     """The encoder's output of both splits, computed by one process; `(None, None)` where no cache is asked for."""
     if args.encoder_cache is None:
@@ -480,9 +513,7 @@ def main(argv: list[str] | None = None) -> dict:
     with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
         train = load_split(args, args.train_split, args.max_train_samples)
         dev = load_split(args, args.eval_split, args.max_eval_samples)
-    if args.train_entities == "spacy":
-        tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
-        train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
+    train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     dev = dev.add_column(training.length_column_name, clip_lengths(dev, dev_cache))
     add_classifier(args, model, train)

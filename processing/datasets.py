@@ -109,7 +109,7 @@ def _require(what: str, name: str, present, where) -> None:
 
 def _read_metadata(path: Path, columns: dict) -> list[dict]:
     """Rows of a metadata.jsonl."""
-    lines = list(_read_json_lines(path))
+    lines = list(read_json_lines(path))
     if not lines:
         raise ValueError(f"{path}: it is empty; give at least one line")
     present = dict.fromkeys(name for line in lines for name in line)
@@ -128,7 +128,7 @@ def _read_metadata(path: Path, columns: dict) -> list[dict]:
     return rows
 
 
-def _read_json_lines(path: Path):
+def read_json_lines(path: Path):
     """The objects of a JSONL file, one a line."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):

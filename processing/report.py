@@ -4,9 +4,12 @@ Pictures of runs.
     python -m processing.report PNG LABEL=DIR [LABEL=DIR ...]      # output folders of train_sense.py, side by side
 """
 
+import base64
+import html
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -93,11 +96,11 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
         worst = [
             [f"{row['wer']:.0f}", row["reference"], row.get("asr", row.get("ner"))] for row in table if "wer" in row
         ]
-        _print_table(
+        print_table(
             f"worst {min(show, len(worst))} of {len(table)} utterances", ["WER %", "said", "heard"], worst[:show]
         )
     for title, found in tables.items():
-        _print_table(title, *found)
+        print_table(title, *found)
     for name, value in metrics.items():
         if isinstance(value, int | float):
             print(f"{name:28} {value:.2f}" if isinstance(value, float) else f"{name:28} {value}")
@@ -133,18 +136,58 @@ def confusion_table(cells: list[list[int]]) -> tuple[list[str], list[list[str]]]
 
 
 def plot_confusion(cells: list[list[int]], path: str | os.PathLike):
-    """Draws a confusion of sentiments, as `confusion_table` has it, to a PNG; colours are shares of each row."""
-    headers, rows = confusion_table(cells)
-    shares = [[cell / max(1, sum(row)) for cell in row] for row in cells]
+    """Draws a confusion of sentiments, as `confusion_table` has it, to a PNG."""
     figure, axes = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+    draw_confusion(axes, cells, SENTIMENTS, [*SENTIMENTS, "unreadable"])
+    axes.set(xlabel="heard", ylabel="said", title="Sentiment")
+    _save(figure, path)
+
+
+def draw_confusion(axes, cells: list[list[int]], rows: Sequence[str], columns: Sequence[str]):
+    """Counts in a grid; colours are shares of each row."""
+    shares = [[cell / max(1, sum(row)) for cell in row] for row in cells]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             axes.text(x, y, str(cell), ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
-    axes.set_xticks(range(len(headers) - 1), headers[1:])
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.set(xlabel="heard", ylabel="said", title="Sentiment")
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
+    axes.set_yticks(range(len(rows)), rows)
+
+
+def plot_quality(found: dict, path: str | os.PathLike):
+    """
+    Draws what `annotate_sense.py compare` found to a PNG: scores filter by filter, F1 by tag and the confusion of
+    tags; of sentiment the confusion alone.
+    """
+    if "filters" not in found:
+        return plot_confusion(found["sa_confusion"], path)
+    figure, (filters, tags, grid) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    names = {"precision": "precision", "recall": "recall", "f1": "F1", "label_f1": "label-F1"}
+    for i, (key, name) in enumerate(names.items()):
+        scores = [scores["all"] for scores in found["filters"].values()]
+        _bars(filters, [x + 0.2 * (i - 1.5) for x in range(len(scores))], scores, key, width=0.2, label=name)
+    filters.set_xticks(range(len(scores)), [name.partition(":")[0] for name in found["filters"]])
+    filters.set(title="Filters", ylabel="%", ylim=(0, 100))
+    filters.legend(fontsize="small")
+    by_tag = {tag: scores for tag, scores in found["filters"]["both"].items() if tag != "all"}
+    _bars(tags, range(len(by_tag)), list(by_tag.values()), "f1")
+    tags.set_xticks(range(len(by_tag)), by_tag, rotation=30)
+    tags.set(title="F1 by tag, both filters", ylim=(0, 100))
+    draw_confusion(grid, found["confusion"], [*found["tags"], "none"], [*found["tags"], "none"])
+    grid.set(title="Tags, both filters", xlabel="synthetic", ylabel="gold")
     _save(figure, path)
+
+
+def _bars(axes, places, scores: list[dict], key: str, **style):
+    """A metric of several systems, with its intervals."""
+    values = [found[key] for found in scores]
+    axes.bar(places, values, yerr=_errors(values, [found[f"{key}_interval"] for found in scores]), capsize=2, **style)
+
+
+def _errors(values: list[float], intervals: list[list[float]]) -> list[list[float]]:
+    """Intervals as matplotlib draws them: below and above the values."""
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals)]
+    return [below, [max(0.0, high - value) for value, (_, high) in zip(values, intervals)]]
 
 
 def plot_comparison(systems: dict[str, dict], path: str | os.PathLike):
@@ -167,12 +210,54 @@ def plot_comparison(systems: dict[str, dict], path: str | os.PathLike):
     _save(figure, path)
 
 
+def plot_curves(lines: dict[str, dict[float, dict]], xlabel: str, path: str | os.PathLike):
+    """
+    Draws metrics along a quantity, with their intervals, to a PNG.
+
+    Args:
+        lines: by the line's name, by x a system's metrics. Those of `HEADLINES` that all have get a panel each.
+        xlabel: the quantity.
+        path: where the PNG goes.
+    """
+    systems = [metrics for line in lines.values() for metrics in line.values()]
+    keys = [key for key in HEADLINES if all(key in metrics for metrics in systems)]
+    figure, panels = plt.subplots(1, len(keys), figsize=(1 + 3 * len(keys), 3.6), layout="constrained", squeeze=False)
+    for axes, key in zip(panels[0], keys):
+        for name, line in lines.items():
+            values = [metrics[key] for metrics in line.values()]
+            errors = _errors(values, [metrics[f"{key}_interval"] for metrics in line.values()])
+            axes.errorbar(list(line), values, errors, marker="o", capsize=3, label=name)
+        axes.set(title=TITLES.get(key, HEADLINES[key]), xlabel=xlabel, ylabel="%")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), ncols=len(lines), loc="outside lower center")
+    _save(figure, path)
+
+
 def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _print_table(title: str, headers: list[str], rows: list[list[str]]):
+def write_html(path: Path, title: str, lead: str, tables: dict[str, tuple[list[str], list[list[str]]]], picture: Path):
+    """One page that stands alone: title, a sentence, a PNG and tables by title."""
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>"]
+    parts.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">')
+    for name, (headers, rows) in tables.items():
+        lines = [_html_row("th", headers), *(_html_row("td", row) for row in rows)]
+        parts.append(f"<h2>{html.escape(name)}</h2><table>{''.join(lines)}</table>")
+    style = (
+        "body{font-family:sans-serif;margin:2em;max-width:80em}img{max-width:100%}table{border-collapse:collapse}"
+        "td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:left;vertical-align:top}"
+    )
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    write_text(path, head + "\n".join(parts) + "\n")
+
+
+def _html_row(tag: str, cells: list[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def print_table(title: str, headers: list[str], rows: list[list[str]]):
     view = Table(*headers, title=title)
     for row in rows:
         view.add_row(*(escape(cell) for cell in row))

@@ -139,7 +139,7 @@ def bootstrap(counts: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], s
     """
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=BOOTSTRAP_SAMPLES)
-    low, high = np.percentile(100 * measure(drawn @ counts), (2.5, 97.5))
+    low, high = np.percentile(100 * measure(np.tensordot(drawn, counts, axes=1)), (2.5, 97.5))
     return [float(low), float(high)]
 
 

@@ -3,12 +3,14 @@
 Trains and scores the cells of an ablation, each with the same minutes of training, and compares them.
 
 A recipe holds `cells`, what makes each one; `shared`, the fields of all; and, if they are to go on from a stage that
-they have in common, `first`, the fields of that stage. It is trained once for each number of audio tokens.
+they have in common, `first`, the fields of that stage. It is trained once for each number of audio tokens. `curves`,
+if it is there, draws cells along a quantity: `xlabel`, and `lines`, which map a name to the cell at each x.
 
     python scripts/ablation.py recipes/ablation.yaml --dataset_dir DIR --minutes 15 [--cells adapter "+ LoRA"]
+    python scripts/ablation.py recipes/noise.yaml --dataset_dir data/noise --minutes 6 --split test
 
 A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
-OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold all cells that there are.
+OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold all cells that there are, OUT/curves.png the curves.
 """
 
 import argparse
@@ -26,29 +28,32 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from processing.report import comparison, markdown_table, plot_comparison, write_text  # noqa: E402
+from processing.report import comparison, markdown_table, plot_comparison, plot_curves, write_text  # noqa: E402
 from processing.scoring import HEADLINES  # noqa: E402
 from train_sense import SenseArguments  # noqa: E402
 
 
-def read_recipe(path: Path, chosen: list[str] | None) -> tuple[dict, dict, dict[str, dict]]:
+def read_recipe(path: Path, chosen: list[str] | None) -> dict:
     """
-    The fields of the stage before the cells (none: no such stage), those that all cells share, and by name those that
-    make each cell.
+    `first`, the fields of the stage before the cells (none: no such stage); `shared`, those of all cells; `cells`, by
+    name those that make each one; `curves` (none: no such picture).
 
     Raises:
-        ValueError: the recipe is missing or has other parts, or a chosen cell is not in it.
+        ValueError: the recipe is missing or has other parts, or a chosen cell or one of a curve is not in it.
     """
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or recipe.keys() - {"first"} != {"shared", "cells"}:
-        raise ValueError(f"{path} must hold `shared` and `cells`, may hold `first`, and nothing else")
+    optional = {"first": {}, "curves": {}}
+    if not isinstance(recipe, dict) or recipe.keys() - optional != {"shared", "cells"}:
+        raise ValueError(f"{path} must hold `shared` and `cells`, may hold `first` and `curves`, and nothing else")
+    recipe = optional | recipe
     cells = {name: fields or {} for name, fields in recipe["cells"].items()}
-    for name in chosen or []:
+    drawn = [name for line in recipe["curves"].get("lines", {}).values() for name in line.values()]
+    for name in [*(chosen or []), *drawn]:
         if name not in cells:
             raise ValueError(f"{path}: there is no cell {name!r}; there are {', '.join(cells)}")
-    return recipe.get("first") or {}, recipe["shared"], {name: cells[name] for name in chosen or cells}
+    return recipe | {"cells": {name: cells[name] for name in chosen or cells}}
 
 
 def train(folder: Path, fields: dict, args: argparse.Namespace):
@@ -92,8 +97,8 @@ def collect(folder: Path) -> dict:
     return scores | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}
 
 
-def write_comparison(folder: Path, cells: dict[str, dict]):
-    """The table of the cells that there are, in Markdown and CSV, and its picture."""
+def write_comparison(folder: Path, cells: dict[str, dict], curves: dict):
+    """The table of the cells that there are, in Markdown and CSV, its picture, and the curves through them."""
     headers, rows = comparison(cells)
     extra = [[f"{found['trained_parameters']:,}", str(found["steps"])] for found in cells.values()]
     table = [[row[0], *more, *row[1:]] for row, more in zip(rows, extra)]
@@ -108,6 +113,12 @@ def write_comparison(folder: Path, cells: dict[str, dict]):
         writer.writerow([name, found["trained_parameters"], found["steps"], *values])
     write_text(folder / "ablation.csv", lines.getvalue())
     plot_comparison(cells, folder / "ablation.png")
+    if curves:
+        lines = {
+            name: {x: cells[cell] for x, cell in line.items() if cell in cells}
+            for name, line in curves["lines"].items()
+        }
+        plot_curves(lines, curves["xlabel"], folder / "curves.png")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -120,9 +131,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs to use; on CPUs it is always one process")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args(argv)
-    first, shared, cells = read_recipe(args.recipe, args.cells)
-    found = {}
-    for name, changes in cells.items():
+    recipe = read_recipe(args.recipe, args.cells)
+    first, shared, found = recipe["first"], recipe["shared"], {}
+    for name, changes in recipe["cells"].items():
         fields = {**shared, **changes, "max_minutes": args.minutes}
         if first:
             tokens = fields.get("num_audio_tokens", SenseArguments.num_audio_tokens)
@@ -133,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         train(folder, fields, args)
         evaluate(folder, fields, args)
         found[name] = collect(folder)
-        write_comparison(args.output_dir, found)
+        write_comparison(args.output_dir, found, recipe["curves"])
         print((args.output_dir / "ablation.md").read_text(encoding="utf-8"), flush=True)
     return found
 

@@ -20,7 +20,9 @@ def recipe(tmp_path, tiny_whisper, tiny_llama):
     first = {"tasks": {"asr": 1}, "max_steps": 1}
     cells = {"adapter": None, "+ LoRA": {"lora_r": 2}, "never run": {"lora_r": "bad"}}
     path = tmp_path / "ablation.yaml"
-    path.write_text(yaml.safe_dump({"first": first, "shared": shared, "cells": cells}, sort_keys=False))
+    curves = {"xlabel": "rank", "lines": {"LoRA": {0: "adapter", 2: "+ LoRA", 9: "never run"}}}
+    whole = {"first": first, "shared": shared, "cells": cells, "curves": curves}
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
     return path
 
 
@@ -50,7 +52,7 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
             assert float(row[name]) == cell[name] and float(row[f"{name}_low"]) <= cell[name] <= float(
                 row[f"{name}_high"]
             )
-    assert (out / "ablation.png").stat().st_size > 10_000
+    assert (out / "ablation.png").stat().st_size > 10_000 and (out / "curves.png").stat().st_size > 10_000
 
     monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("ran a cell again")))
     assert ablation.main([*asked, "--cells", "adapter", "+ LoRA"]) == found
@@ -84,14 +86,28 @@ def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
     with pytest.raises(ValueError, match="there is no recipe"):
         ablation.read_recipe(tmp_path / "none.yaml", None)
     (tmp_path / "bad.yaml").write_text("cells: {}")
-    with pytest.raises(ValueError, match="must hold `shared` and `cells`, may hold `first`"):
+    with pytest.raises(ValueError, match="must hold `shared` and `cells`, may hold `first` and `curves`"):
+        ablation.read_recipe(tmp_path / "bad.yaml", None)
+    (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves: {xlabel: x, lines: {one: {0: a, 1: b}}}")
+    with pytest.raises(ValueError, match="there is no cell 'b'; there are a"):
         ablation.read_recipe(tmp_path / "bad.yaml", None)
 
 
 def test_shipped_recipe_has_the_cells_of_the_question():
-    first, _, cells = ablation.read_recipe(ablation.ROOT / "recipes" / "ablation.yaml", None)
+    recipe = ablation.read_recipe(ablation.ROOT / "recipes" / "ablation.yaml", None)
+    first, cells = recipe["first"], recipe["cells"]
     assert first["tasks"] == {"asr": 1} and "classifier" not in first and "lora_r" not in first
     assert list(cells)[:4] == ["adapter", "+ classifier", "+ LoRA", "+ both"]
     assert {fields.get("num_audio_tokens", 250) for fields in cells.values()} == {125, 250, 500}
     assert {fields.get("classifier_alpha", 0.2) for fields in cells.values()} == {0.0, 0.1, 0.2, 0.5}
     assert any(fields.get("train_entities") == "spacy" for fields in cells.values())
+
+
+def test_noise_recipe_has_the_rates_of_the_question():
+    recipe = ablation.read_recipe(ablation.ROOT / "recipes" / "noise.yaml", None)
+    for name, line in recipe["curves"]["lines"].items():
+        assert list(line) == [0, 10, 30, 50]
+        for x, cell in line.items():
+            fields = recipe["cells"][cell]
+            assert fields.get("label_noise", {"false_positives": 0}) == {"false_positives": x / 100}
+            assert x == 0 or fields.get("filter_labels", False) == (name == "both filters")

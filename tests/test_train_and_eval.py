@@ -19,7 +19,8 @@ from transformers import WhisperModel
 import eval_sense
 import train_sense
 from processing import report
-from processing.tasks import TASKS, Answer, Task, make_tasks, read_tags
+from processing.datasets import load_corpus
+from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation, transcribe
 from tests.conftest import make_corpus, write_corpus
 
@@ -149,6 +150,13 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
+        ("dataset_dir: x\nlabel_noise: {typos: 0.1}", "there is no 'typos'; there are false_positives, drops, swaps"),
+        ("dataset_dir: x\nfilter_labels: true\nlabel_noise: {drops: 2}", "drops: 2 is no share"),
+        ("dataset_dir: x\nlabel_noise: {drops: 0.1}", "train the task ner alone, found tasks asr"),
+        (
+            "dataset_dir: x\nentity_tags: raw\nlabel_noise: {drops: 0.1}",
+            "knows the combined tags only, found .* 'raw'",
+        ),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(tmp_path, content, message):
@@ -168,7 +176,12 @@ def test_command_line_wins_over_the_recipe(recipe):
     assert training.learning_rate == 5e-4 and args.prompts == {"asr": "Write."}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("**/[!a]*.yaml")), ids=lambda path: path.stem)
+ABLATIONS = [ROOT / "recipes" / f"{name}.yaml" for name in ("ablation", "noise")]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set((ROOT / "recipes").glob("**/*.yaml")) - set(ABLATIONS)), ids=lambda path: path.stem
+)
 def test_shipped_recipes_are_valid(path, tmp_path):
     args, training = parse(path, tmp_path)
     assert args.tasks.keys() <= args.prompts.keys() and args.lora_r == 32
@@ -177,9 +190,11 @@ def test_shipped_recipes_are_valid(path, tmp_path):
         assert metric.split("_")[0] in {"wer", *args.tasks}
 
 
-def test_the_cells_of_the_ablation_are_valid(tmp_path):
-    first, shared, cells = ablation.read_recipe(ROOT / "recipes" / "ablation.yaml", None)
-    for fields in ({**shared, **first}, *({**shared, **cell} for cell in cells.values())):
+@pytest.mark.parametrize("recipe", ABLATIONS, ids=lambda path: path.stem)
+def test_the_cells_of_the_ablations_are_valid(recipe, tmp_path):
+    parts = ablation.read_recipe(recipe, None)
+    for changes in (parts["first"], *parts["cells"].values()):
+        fields = {**parts["shared"], **changes}
         path = tmp_path / "cell.yaml"
         path.write_text(yaml.safe_dump(fields))
         args, _ = parse(path, tmp_path)
@@ -199,6 +214,26 @@ def test_lowercase_and_spacy_labels_change_what_is_trained_on(recipe, corpus, mo
     for row in seen["rows"]:
         at = row["text"].find("user")
         assert row["entities"] == ([["PLACE", at, 4]] if at >= 0 else [])
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_noise_comes_among_the_training_labels_alone(recipe, corpus, monkeypatch, filtered):
+    """Unfiltered, rows are asked to write what nobody said; filtered, tags of the set on words of the text stay."""
+    seen = {}
+    monkeypatch.setattr(train_sense, "add_classifier", lambda args, model, train: seen.update(rows=list(train)))
+    tasks = {"tasks": {"ner": 1}, "prompts": {"ner": "Tag."}}
+    train_sense.main(
+        [
+            recipe(
+                max_steps=1, label_noise={"false_positives": 0.6}, filter_labels=filtered, save_strategy="no", **tasks
+            )
+        ]
+    )
+    own = list(load_corpus(corpus, "train"))
+    added = [row["text"] != before["text"] for row, before in zip(seen["rows"], own)]
+    tags = {tag for row in seen["rows"] for tag, _, _ in row["entities"]}
+    assert any(added) != filtered and (tags <= set(COMBINED_TAGS)) == filtered
+    assert sum(len(row["entities"]) for row in seen["rows"]) > sum(len(row["entities"]) for row in own)
 
 
 def test_wrong_column_names_those_present(recipe):

@@ -1,0 +1,253 @@
+"""
+Labels for transcripts, written by a language model: named entities or sentiment, from few-shot examples, filtered.
+
+    python annotate_sense.py --input DATA --output OUT --task ner --endpoint http://localhost:8000/v1 --model NAME \\
+        --examples LABELLED
+    python annotate_sense.py --input DATA --output OUT --task ner --local spacy
+    python annotate_sense.py compare GOLD OUT --splits dev test --output_dir REPORT
+
+DATA and LABELLED are datasets of any kind that train_sense.py reads, and OUT is one: recipes/2_ner_synthetic.yaml
+trains on such a folder. OUT/rejected.jsonl holds every drop with its reason, OUT/provenance.json where the labels come
+from. A run that was interrupted goes on where it stopped when started again; no answered request is repeated.
+"""
+
+import argparse
+import asyncio
+import datetime
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers import AutoTokenizer
+
+from processing.annotation.annotators import (
+    EndpointAnnotator,
+    FatalError,
+    LocalAnnotator,
+    NoAnswer,
+    SpacyAnnotator,
+    VaderAnnotator,
+)
+from processing.annotation.fewshot import Retriever, count_groups, fit, select_examples
+from processing.annotation.output import write_dataset
+from processing.annotation.prompting import ANNOTATIONS, EntityAnnotation, SentimentAnnotation
+from processing.annotation.quality import compare
+from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
+from processing.datasets import load_corpus
+from processing.report import print_table
+from scripts.get_backbones import resolve_backbone
+
+
+def make_task(args) -> EntityAnnotation | SentimentAnnotation:
+    return EntityAnnotation(args.entity_tags) if args.task == "ner" else SentimentAnnotation()
+
+
+def make_annotator(args):
+    """
+    Raises:
+        ValueError: a stand-in that has no such labels.
+    """
+    stand_ins = {"spacy": "ner", "vader": "sentiment"}
+    if args.local in stand_ins:
+        if args.task != stand_ins[args.local]:
+            raise ValueError(f"--local {args.local} knows {stand_ins[args.local]}, not {args.task}")
+        return SpacyAnnotator(args.entity_tags) if args.local == "spacy" else VaderAnnotator()
+    if args.local:
+        return LocalAnnotator(resolve_backbone(args.local), args.concurrency, name=args.local)
+    return EndpointAnnotator(
+        args.endpoint,
+        args.model,
+        token=os.environ[args.token_env] if args.token_env else None,
+        timeout=args.timeout,
+        max_retries=args.max_retries,
+        context_tokens=args.context_tokens,
+        tokenizer=AutoTokenizer.from_pretrained(resolve_backbone(args.tokenizer)) if args.tokenizer else None,
+    )
+
+
+def load_rows(args, split: str):
+    """A split of the input, undecoded."""
+    rows = load_corpus(
+        args.input,
+        split,
+        config_name=args.config_name,
+        text_column=args.text_column,
+        entity_tags=args.entity_tags,
+        lowercase=args.lowercase,
+    )
+    return list(rows)[: args.max_samples]
+
+
+def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
+    """
+    Few-shot examples of the labelled set, (transcript, answer), balanced; those that fit, unless each transcript gets
+    its own. Prints the balance reached.
+
+    Raises:
+        ValueError: not one row of the set has such a label.
+    """
+    if not args.examples:
+        return []
+    rows = load_corpus(
+        args.examples,
+        args.examples_split,
+        config_name=args.examples_config_name,
+        text_column=args.examples_text_column or args.text_column,
+        entity_tags=args.entity_tags,
+        lowercase=args.lowercase,
+    )
+    rows = [row for row in rows.select_columns(["text", task.column]) if row[task.column] is not None]
+    if not rows:
+        raise ValueError(f"{args.examples}, {args.examples_split}: no row has {task.column}; name a labelled set")
+    groups = [task.groups(row) for row in rows]
+    chosen = select_examples(groups, args.num_examples, args.seed)
+    examples = [(rows[i]["text"], task.write(rows[i])) for i in chosen]
+    if not args.retrieve and annotator.context_tokens is not None:
+        room = annotator.context_tokens - annotator.context_tokens // 4 - annotator.count(task.instruction)
+        examples = fit(examples, room, annotator.count)
+    counts = [count_groups(groups, part) for part in (range(len(rows)), chosen, chosen[: len(examples)])]
+    table = [[name, *(str(count[name]) for count in counts)] for name in counts[0]]
+    total = ["examples", *(str(len(part)) for part in (rows, chosen, examples))]
+    print_table("few-shot examples", ["", "in the set", "selected", "in the context"], [*table, total])
+    return examples
+
+
+def example_source(args, examples, annotator):
+    """Examples for a transcript: always the same, or the most similar ones that fit."""
+    if not args.retrieve or not examples:
+        return lambda text: examples
+    retriever, room = Retriever(examples, args.retrieve), (annotator.context_tokens or sys.maxsize) // 2
+    # The most similar one stands last: what does not fit is cut from the front.
+    return lambda text: fit(retriever.nearest(text)[::-1], room, annotator.count)[::-1]
+
+
+def digest(value) -> str:
+    """SHA-256 of a value, shortened."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+async def ask(run: Run, items: list) -> str | None:
+    """Runs; returns why it stopped early, if it did."""
+    try:
+        await run.start(items)
+    except BudgetSpent as stop:
+        return f"stopped at --max_tokens_total: {stop}"
+    except (FatalError, NoAnswer) as stop:
+        return f"stopped: {stop}"
+    finally:
+        await run.annotator.close()
+    return None
+
+
+def annotate(args) -> dict:
+    """The whole job; returns the provenance."""
+    task, annotator = make_task(args), make_annotator(args)
+    examples = choose_examples(args, task, annotator)
+    splits = {split: load_rows(args, split) for split in args.splits}
+    items = {split: make_items(split, rows) for split, rows in splits.items()}
+    settings = {
+        "task": args.task,
+        "entity_tags": args.entity_tags if args.task == "ner" else None,
+        "annotator": annotator.name,
+        "prompt": digest([task.instruction, task.schema]),
+        "examples": digest([examples, args.retrieve]),
+        "attempts": args.attempts,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.output / "answers.jsonl", settings)
+    meter = Meter(args.max_tokens_total, args.price_in, args.price_out)
+    source = example_source(args, examples, annotator)
+    run = Run(task, annotator, journal, meter, source, args.attempts, args.concurrency)
+    try:
+        stopped = asyncio.run(ask(run, [item for found in items.values() for item in found]))
+    finally:
+        journal.close()
+    provenance = {
+        **settings,
+        "input": str(args.input),
+        "column": task.column,
+        "instruction": task.instruction,
+        "examples_from": args.examples,
+        "num_examples": len(examples),
+        "retrieve": args.retrieve,
+        "filters": ["phrase in the transcript", "tag in the tag set"],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tokens": {"prompt": meter.prompt_tokens, "completion": meter.completion_tokens, "cost": meter.cost},
+        "stopped": stopped,
+    }
+    results = {split: [run.result(item) for item in found] for split, found in items.items()}
+    provenance = write_dataset(args.output, splits, results, provenance)
+    print_table("annotated", ["", "number"], [[name, str(n)] for name, n in sorted(provenance["counts"].items())])
+    tokens = f"{meter.prompt_tokens:,} prompt and {meter.completion_tokens:,} completion tokens"
+    print(f"{args.output}: {tokens}" + (f", cost {meter.cost:.2f}" if meter.cost else ""), flush=True)
+    if stopped or run.failures:
+        print(f"{stopped or 'some got no answer'}; start again to go on", file=sys.stderr, flush=True)
+    return provenance
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="dataset with the transcripts: folder or Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the labelled dataset")
+    parser.add_argument("--task", required=True, choices=list(ANNOTATIONS))
+    parser.add_argument("--splits", nargs="+", default=["train"])
+    parser.add_argument("--config_name", help="configuration of a Hub dataset")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--lowercase", action="store_true", help="transcripts in lower case, as LibriSpeech needs")
+    parser.add_argument(
+        "--entity_tags", default="combined", choices=["combined", "raw"], help="SLUE's 7 or OntoNotes' 18"
+    )
+    parser.add_argument("--max_samples", type=int, help="the first rows of each split only")
+    who = parser.add_argument_group("who annotates")
+    who.add_argument("--endpoint", help="URL of an OpenAI-compatible server, or an inference provider's name")
+    who.add_argument("--model", help="the model's name there")
+    who.add_argument("--token_env", help="environment variable with the server's key")
+    who.add_argument("--tokenizer", help="of that model, to count tokens: Hub id or folder; default: an estimate")
+    who.add_argument("--context_tokens", type=int, default=8192, help="what fits into that model")
+    who.add_argument(
+        "--local", help="instead: a model on this machine (Hub id or folder), spacy (ner), vader (sentiment)"
+    )
+    shots = parser.add_argument_group("few-shot examples")
+    shots.add_argument("--examples", help="labelled dataset to take them from; none: no examples")
+    shots.add_argument("--examples_split", default="train")
+    shots.add_argument("--examples_config_name")
+    shots.add_argument("--examples_text_column", help="default: --text_column")
+    shots.add_argument("--num_examples", type=int, default=1000, help="balanced over tags")
+    shots.add_argument("--retrieve", type=int, help="give each transcript the so many most similar of them")
+    shots.add_argument("--seed", type=int, default=0)
+    how = parser.add_argument_group("the run")
+    how.add_argument("--concurrency", type=int, default=8, help="requests at a time; for --local the batch")
+    how.add_argument("--timeout", type=float, default=120, help="seconds for a request")
+    how.add_argument("--max_retries", type=int, default=8, help="of a request that failed on the way")
+    how.add_argument("--attempts", type=int, default=3, help="at an answer that can be read")
+    how.add_argument("--max_tokens_total", type=int, help="stop before more tokens than that are spent")
+    how.add_argument("--price_in", type=float, default=0.0, help="of a million prompt tokens")
+    how.add_argument("--price_out", type=float, default=0.0, help="of a million completion tokens")
+    args = parser.parse_args(argv)
+    if bool(args.endpoint) == bool(args.local):
+        parser.error("name either --endpoint with --model, or --local")
+    if args.endpoint and not args.model:
+        parser.error("--endpoint needs --model")
+    if args.token_env and args.token_env not in os.environ:
+        parser.error(f"--token_env: there is no environment variable {args.token_env}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return compare(argv[1:])
+    args = parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.output / ".lock", timeout=0):
+            return annotate(args)
+    except Timeout:
+        raise SystemExit(f"{args.output}: another annotate_sense.py is at work there") from None
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main().get("stopped") else 0)

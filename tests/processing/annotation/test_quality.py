@@ -1,0 +1,169 @@
+"""Synthetic labels beside trusted ones."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from annotate_sense import main
+from processing.annotation.quality import (
+    FILTERS,
+    OTHER,
+    cohen_kappa,
+    confusion,
+    disagree,
+    filter_by_filter,
+    score_pairs,
+)
+from processing.tasks import COMBINED_TAGS, SENTIMENTS
+from tests.conftest import tone, wav
+
+
+def write(folder, rows):
+    """A dataset with one split, test, whose rows share a clip."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "test" / "clip.wav").write_bytes(wav(tone(0.1)))
+    lines = [json.dumps({"file_name": "clip.wav", "id": f"row-{i}", **row}) for i, row in enumerate(rows)]
+    (folder / "test" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+GOLD = [
+    {"text": "anna left moscow", "entities": [["PERSON", 0, 4], ["PLACE", 10, 6]], "sentiment": "Neutral"},
+    {"text": "rome on monday", "entities": [["PLACE", 0, 4], ["WHEN", 8, 6]], "sentiment": "Positive"},
+    {"text": "nothing here", "entities": [], "sentiment": "Negative"},
+    {"text": "bob is not annotated", "entities": [["PERSON", 0, 3]], "sentiment": "Negative"},
+    {"text": "not labelled", "entities": None, "sentiment": None},
+]
+WRITTEN = [
+    [["PERSON", "Anna"], ["LOCATION", "moscow"], ["PERSON", "napoleon"]],
+    [["ORG", "rome"], ["WHEN", "monday"], ["BANANA", "on"]],
+    [],
+    None,
+    [["PERSON", "not"]],
+]
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    made = [{"text": row["text"], "entities": None, "annotated": pairs} for row, pairs in zip(GOLD, WRITTEN)]
+    return write(tmp_path / "gold", GOLD), write(tmp_path / "made", made)
+
+
+def test_filter_by_filter(datasets, tmp_path):
+    out = tmp_path / "report"
+    found = main(["compare", *datasets, "--splits", "test", "--output_dir", str(out)])
+    assert found["rows"] == 3 and found["rows_without_synthetic_label"] == 1
+    scores = {name: found["filters"][name]["all"] for name in FILTERS}
+    # 4 are true, 6 written: PERSON anna and WHEN monday right as they stand, PLACE moscow after filter 2's mapping
+    assert [scores[name]["given"] for name in FILTERS] == [6, 5, 5, 4]
+    assert [scores[name]["precision"] for name in FILTERS] == pytest.approx([100 * 2 / 6, 40, 60, 75])
+    assert [scores[name]["recall"] for name in FILTERS] == pytest.approx([50, 50, 75, 75])
+    assert scores["both"]["f1"] == pytest.approx(75) and scores["both"]["label_f1"] == pytest.approx(75)
+    assert found["filters"]["none"][OTHER]["given"] == 2 and OTHER not in found["filters"]["both"]
+    assert found["confusion"][COMBINED_TAGS.index("PLACE")][COMBINED_TAGS.index("ORG")] == 1
+    (worst,) = found["worst"]
+    assert worst["id"] == "row-1" and worst["tags"] == [("PLACE", "ORG")] and not worst["missed"] + worst["extra"]
+    for low, high in (scores["both"][f"{name}_interval"] for name in ("precision", "recall", "f1", "label_f1")):
+        assert 0 <= low <= high <= 100
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page and "rome on monday" in page
+    assert "| both | 4 | 4 | 75.0 [" in (out / "report.md").read_text()
+    assert json.loads((out / "metrics.json").read_text())["rows"] == 3
+    assert (out / "quality.png").stat().st_size > 10_000
+
+
+def test_labels_of_any_origin_are_compared(tmp_path):
+    gold = write(tmp_path / "gold", GOLD[:3])
+    found = main(["compare", gold, gold, "--splits", "test", "--output_dir", str(tmp_path / "report")])
+    assert [found["filters"][name]["all"]["f1"] for name in FILTERS] == [100] * 4 and not found["worst"]
+
+
+def test_sentiment(datasets, tmp_path):
+    words = ["Neutral", "Negative", "angry", None, "Neutral"]
+    rows = [{"text": row["text"], "annotated": word} for row, word in zip(GOLD, words)]
+    rows = [row | {"sentiment": {"angry": "Negative"}.get(word, word)} for row, word in zip(rows, words)]
+    made = write(tmp_path / "sentiment", rows)
+    asked = ["compare", datasets[0], made, "--task", "sentiment", "--splits", "test"]
+    found = main([*asked, "--output_dir", str(tmp_path / "report")])
+    true, given = ["Neutral", "Positive", "Negative"], ["Neutral", "Negative", "Negative"]
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(true, given, labels=SENTIMENTS))
+    assert found["rows_without_synthetic_label"] == 1 and [line["id"] for line in found["worst"]] == ["row-1"]
+    assert "Cohen's kappa" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_pages_are_not_broken_by_transcripts(tmp_path):
+    gold = write(tmp_path / "gold", [{"text": "<script>alert(1)</script>", "entities": [["PERSON", 0, 8]]}])
+    made = write(tmp_path / "made", [{"text": "<script>alert(1)</script>", "entities": []}])
+    main(["compare", gold, made, "--splits", "test", "--output_dir", str(tmp_path / "report")])
+    assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: [rows[0] | {"text": "other"}], "row-0: the text is 'anna left moscow' in .* 'other'"),
+        (lambda rows: [rows[4]], "share no row with entities in test"),
+        (lambda rows: [rows[0], rows[0] | {"id": "row-0"}], "two rows have the id 'row-0'"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(tmp_path, change, message):
+    made = change([{**row, "entities": row["entities"] and []} for row in GOLD])
+    gold, other = write(tmp_path / "gold", GOLD[:1]), write(tmp_path / "made", made)
+    if "share" in message:
+        gold = write(tmp_path / "unlabelled", GOLD[4:])
+    with pytest.raises(ValueError, match=message):
+        main(["compare", gold, other, "--splits", "test", "--output_dir", str(tmp_path / "report")])
+
+
+def test_scores_are_those_of_counting_by_hand():
+    rng = random.Random(0)
+
+    def pairs():
+        return [[rng.choice(COMBINED_TAGS[:3]), rng.choice("abc")] for _ in range(rng.randrange(4))]
+
+    given, true = [pairs() for _ in range(50)], [pairs() for _ in range(50)]
+    scores = score_pairs(given, true, COMBINED_TAGS)
+    for tag in (None, *COMBINED_TAGS[:3]):
+        hits = predicted = said = 0
+        for one, other in zip(given, true):
+            one = Counter(tuple(pair) for pair in one if tag in (None, pair[0]))
+            other = Counter(tuple(pair) for pair in other if tag in (None, pair[0]))
+            hits += (one & other).total()
+            predicted, said = predicted + one.total(), said + other.total()
+        found = scores[tag or "all"]
+        assert found["precision"] == pytest.approx(100 * hits / predicted)
+        assert found["recall"] == pytest.approx(100 * hits / said)
+        assert found["f1"] == pytest.approx(200 * hits / (predicted + said))
+    cells = np.array(confusion(given, true, COMBINED_TAGS))
+    assert cells[:-1].sum() == scores["all"]["true"] and cells[:, :-1].sum() == scores["all"]["given"]
+
+
+def test_phrases_under_other_tags_are_no_misses():
+    tags, missed, extra = disagree(
+        [["ORG", "rome"], ["PLACE", "rome"], ["WHEN", "now"]], [["PLACE", "rome"], ["PERSON", "rome"], ["LAW", "x"]]
+    )
+    assert sorted(tags) == [("PERSON", "ORG"), ("PLACE", "PLACE")]
+    assert missed == [["LAW", "x"]] and extra == [["WHEN", "now"]]
+
+
+def test_filters_leave_what_they_are_named_for():
+    found = filter_by_filter([{"text": "anna in rome", "annotated": [["per", "anna"], ["x", "y"]]}], "combined")
+    assert list(found.values()) == [
+        [[["PER", "anna"], ["X", "y"]]],
+        [[["PER", "anna"]]],
+        [[["PERSON", "anna"]]],
+        [[["PERSON", "anna"]]],
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kappa_is_scikit_learns(seed):
+    rng = np.random.default_rng(seed)
+    said, heard = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
+    cells = np.zeros((3, 4), dtype=int)
+    np.add.at(cells, (said, heard), 1)
+    assert cohen_kappa(cells) == pytest.approx(cohen_kappa_score(said, heard))
