@@ -69,7 +69,7 @@ def make_annotator(args):
 
 
 def load_rows(args, split: str):
-    """A split of the input, undecoded."""
+    """A split of the input, its audio undecoded and not in memory."""
     rows = load_corpus(
         args.input,
         split,
@@ -78,7 +78,7 @@ def load_rows(args, split: str):
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
     )
-    return list(rows)[: args.max_samples]
+    return rows.select(range(min(args.max_samples or len(rows), len(rows))))
 
 
 def choose_examples(args, task, annotator) -> list[tuple[str, str]]:

@@ -8,16 +8,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
 import annotate_sense
+import train_sense
 from processing.annotation import annotators
 from processing.annotation.prompting import EntityAnnotation
 from processing.datasets import load_corpus
 from processing.grammar import sentences
 from processing.tasks import combine
 from tests.chat_server import ChatServer, Faults
-from tests.conftest import tone, wav
+from tests.conftest import make_corpus, tone, wav
 
 
 ROOT = Path(annotate_sense.__file__).parent
@@ -342,16 +344,26 @@ def test_rows_that_are_the_same_are_asked_each(tmp_path):
     assert len(load_corpus(tmp_path / "out", "train")) == 3
 
 
-def test_audio_in_memory_is_written_beside_the_labels(tmp_path, monkeypatch):
-    clip = wav(tone(0.2))
-    rows = [{"id": "a", "audio": {"bytes": clip, "path": "a.wav"}, "text": ROWS[0]["text"], "entities": None}]
-    rows[0] |= {"sentiment": None, "language": "en", "duration": 0.2}
-    monkeypatch.setattr(annotate_sense, "load_rows", lambda args, split: rows)
+def test_audio_that_is_no_file_is_written_beside_the_labels(tmp_path):
+    corpus = make_corpus(3)
+    datasets.DatasetDict({"train": corpus}).save_to_disk(tmp_path / "in")
     with ChatServer(ANSWERS) as server:
-        run(server, "hub/dataset", tmp_path / "out")
-        run(server, "hub/dataset", tmp_path / "out")
-    (made,) = load_corpus(tmp_path / "out", "train")
-    assert Path(made["audio"]["path"]).read_bytes() == clip and made["language"] == "en" and made["duration"] == 0.2
+        for _ in range(2):
+            run(server, str(tmp_path / "in"), tmp_path / "out")
+    made = load_corpus(tmp_path / "out", "train")
+    assert [Path(row["audio"]["path"]).read_bytes() for row in made] == [row["audio"]["bytes"] for row in corpus]
+    for name in ("id", "text", "language", "duration", "sentiment"):
+        assert made[name] == corpus[name]
+
+
+def test_a_model_trains_on_the_output(unlabelled, tmp_path, tiny_whisper, tiny_llama):
+    with ChatServer(ANSWERS, {ROWS[0]["text"]: ["chatter"] * 3}) as server:
+        run(server, unlabelled, tmp_path / "made", "--max_samples", "6")
+    fields = {"dataset_dir": tmp_path / "made", "eval_split": "train", "output_dir": tmp_path / "out", "max_steps": 1}
+    fields |= {"audio_backbone": tiny_whisper, "text_backbone": tiny_llama, "use_cpu": True, "report_to": "none"}
+    fields |= {"tasks": '{"ner": 1}', "prompts": '{"ner": "Tag."}', "per_device_eval_batch_size": 2}
+    metrics = train_sense.main([part for name, value in fields.items() for part in (f"--{name}", str(value))])
+    assert metrics["train_clips"] == 6 and "eval_ner_f1" in metrics
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,18 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+
+import datasets
+from tqdm.auto import tqdm
 
 from ..report import write_text
 from .prompting import Labels
 
 
-def write_dataset(folder: Path, splits: dict[str, Sequence[dict]], results: dict[str, list], provenance: dict) -> dict:
+def write_dataset(
+    folder: Path, splits: dict[str, datasets.Dataset], results: dict[str, list[Labels | str]], provenance: dict
+) -> dict:
     """
     Writes `{split}/metadata.jsonl` (schema of the project, and `annotated`: what the annotator wrote), rejected.jsonl
     (every drop with its reason) and, last, provenance.json.
@@ -29,7 +33,7 @@ def write_dataset(folder: Path, splits: dict[str, Sequence[dict]], results: dict
     counts, rejected = Counter(), []
     for split, rows in splits.items():
         lines = []
-        for row, result in zip(rows, results[split]):
+        for row, result in zip(tqdm(rows, desc=f"writing {split}", unit="row"), results[split]):
             where = {"split": split, "id": row["id"]}
             columns, fallen = _columns(provenance["column"], result)
             rejected += [where | drop for drop in fallen]

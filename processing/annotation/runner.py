@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import datasets
 from tqdm.auto import tqdm
 
 from ..report import write_text
@@ -30,19 +31,18 @@ class Item:
 
     key: str
     split: str
-    index: int
     id: str
     text: str
 
 
-def make_items(split: str, rows: Sequence[dict]) -> list[Item]:
+def make_items(split: str, rows: datasets.Dataset) -> list[Item]:
     """Items of a split's rows; of rows with the same id and text each gets a key of its own."""
     seen, items = defaultdict(int), []
-    for index, row in enumerate(rows):
+    for row in rows.select_columns(["id", "text"]):
         same = (split, row["id"], row["text"])
         named = json.dumps([*same, seen[same]], ensure_ascii=False)
         seen[same] += 1
-        items.append(Item(hashlib.sha256(named.encode()).hexdigest()[:20], split, index, row["id"], row["text"]))
+        items.append(Item(hashlib.sha256(named.encode()).hexdigest()[:20], split, row["id"], row["text"]))
     return items
 
 
