@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from processing.annotation.annotators import (
 )
 from processing.annotation.fewshot import Retriever, count_groups, fit, select_examples
 from processing.annotation.output import write_dataset
-from processing.annotation.prompting import ANNOTATIONS, EntityAnnotation, SentimentAnnotation
+from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation, SentimentAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
 from processing.datasets import load_corpus
@@ -56,14 +57,15 @@ def make_annotator(args):
             raise ValueError(f"--local {args.local} knows {stand_ins[args.local]}, not {args.task}")
         return SpacyAnnotator(args.entity_tags) if args.local == "spacy" else VaderAnnotator()
     if args.local:
-        return LocalAnnotator(resolve_backbone(args.local), args.concurrency, name=args.local)
+        source = resolve_backbone(args.local)
+        return LocalAnnotator(source, args.concurrency, name=args.local, context_tokens=args.context_tokens)
     return EndpointAnnotator(
         args.endpoint,
         args.model,
         token=os.environ[args.token_env] if args.token_env else None,
         timeout=args.timeout,
         max_retries=args.max_retries,
-        context_tokens=args.context_tokens,
+        context_tokens=args.context_tokens or 8192,
         tokenizer=AutoTokenizer.from_pretrained(resolve_backbone(args.tokenizer)) if args.tokenizer else None,
     )
 
@@ -79,6 +81,25 @@ def load_rows(args, split: str):
         lowercase=args.lowercase,
     )
     return rows.select(range(min(args.max_samples or len(rows), len(rows))))
+
+
+def room_for_examples(task, annotator) -> int | None:
+    """
+    Tokens of the context beside the instruction and the quarter that a transcript and its answer may take.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if annotator.context_tokens is None:
+        return None
+    asked = annotator.count(task.instruction) + 2 * FRAME
+    room = annotator.context_tokens - annotator.context_tokens // 4 - asked
+    if room < 0:
+        raise ValueError(
+            f"the instruction takes {asked} of {annotator.name}'s {annotator.context_tokens} tokens, three quarters "
+            "are the most: take a model with a longer context, or a larger --context_tokens"
+        )
+    return room
 
 
 def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
@@ -105,8 +126,8 @@ def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
     groups = [task.groups(row) for row in rows]
     chosen = select_examples(groups, args.num_examples, args.seed)
     examples = [(rows[i]["text"], task.write(rows[i])) for i in chosen]
-    if not args.retrieve and annotator.context_tokens is not None:
-        room = annotator.context_tokens - annotator.context_tokens // 4 - annotator.count(task.instruction)
+    room = room_for_examples(task, annotator)
+    if not args.retrieve and room is not None:
         examples = fit(examples, room, annotator.count)
     counts = [count_groups(groups, part) for part in (range(len(rows)), chosen, chosen[: len(examples)])]
     table = [[name, *(str(count[name]) for count in counts)] for name in counts[0]]
@@ -115,11 +136,12 @@ def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
     return examples
 
 
-def example_source(args, examples, annotator):
+def example_source(args, task, annotator, examples):
     """Examples for a transcript: always the same, or the most similar ones that fit."""
+    room = room_for_examples(task, annotator)
     if not args.retrieve or not examples:
         return lambda text: examples
-    retriever, room = Retriever(examples, args.retrieve), (annotator.context_tokens or sys.maxsize) // 2
+    retriever, room = Retriever(examples, args.retrieve), sys.maxsize if room is None else room
     # The most similar one stands last: what does not fit is cut from the front.
     return lambda text: fit(retriever.nearest(text)[::-1], room, annotator.count)[::-1]
 
@@ -134,7 +156,7 @@ async def ask(run: Run, items: list) -> str | None:
     try:
         await run.start(items)
     except BudgetSpent as stop:
-        return f"stopped at --max_tokens_total: {stop}"
+        return f"stopped before --max_tokens_total was exceeded ({stop}; with a larger one, it goes on)"
     except (FatalError, NoAnswer) as stop:
         return f"stopped: {stop}"
     finally:
@@ -154,12 +176,13 @@ def annotate(args) -> dict:
         "annotator": annotator.name,
         "prompt": digest([task.instruction, task.schema]),
         "examples": digest([examples, args.retrieve]),
-        "attempts": args.attempts,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
+    for split in args.splits:
+        if (args.output / split / "metadata.jsonl").exists() and not (args.output / "answers.jsonl").is_file():
+            raise ValueError(f"{args.output} holds another dataset: choose another --output")
     journal = Journal(args.output / "answers.jsonl", settings)
     meter = Meter(args.max_tokens_total, args.price_in, args.price_out)
-    source = example_source(args, examples, annotator)
+    source = example_source(args, task, annotator, examples)
     run = Run(task, annotator, journal, meter, source, args.attempts, args.concurrency)
     try:
         stopped = asyncio.run(ask(run, [item for found in items.values() for item in found]))
@@ -168,12 +191,14 @@ def annotate(args) -> dict:
     provenance = {
         **settings,
         "input": str(args.input),
+        "endpoint": re.sub("//[^/]*@", "//", args.endpoint or "") or None,  # without a password
+        "attempts": args.attempts,
         "column": task.column,
         "instruction": task.instruction,
         "examples_from": args.examples,
         "num_examples": len(examples),
         "retrieve": args.retrieve,
-        "filters": ["phrase in the transcript", "tag in the tag set"],
+        "filters": ["phrase in the transcript", "tag in the tag set"] if args.task == "ner" else ["class in the set"],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tokens": {"prompt": meter.prompt_tokens, "completion": meter.completion_tokens, "cost": meter.cost},
         "stopped": stopped,
@@ -184,8 +209,22 @@ def annotate(args) -> dict:
     tokens = f"{meter.prompt_tokens:,} prompt and {meter.completion_tokens:,} completion tokens"
     print(f"{args.output}: {tokens}" + (f", cost {meter.cost:.2f}" if meter.cost else ""), flush=True)
     if stopped or run.failures:
-        print(f"{stopped or 'some got no answer'}; start again to go on", file=sys.stderr, flush=True)
+        print(f"{stopped or 'some got no answer'}: start again to go on", file=sys.stderr, flush=True)
     return provenance
+
+
+def count(text: str) -> int:
+    """A number from 0 on, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 on")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A number from 1 on, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
+    return int(text)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -200,13 +239,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--entity_tags", default="combined", choices=["combined", "raw"], help="SLUE's 7 or OntoNotes' 18"
     )
-    parser.add_argument("--max_samples", type=int, help="the first rows of each split only")
+    parser.add_argument("--max_samples", type=positive, help="the first rows of each split only")
     who = parser.add_argument_group("who annotates")
     who.add_argument("--endpoint", help="URL of an OpenAI-compatible server, or an inference provider's name")
     who.add_argument("--model", help="the model's name there")
     who.add_argument("--token_env", help="environment variable with the server's key")
     who.add_argument("--tokenizer", help="of that model, to count tokens: Hub id or folder; default: an estimate")
-    who.add_argument("--context_tokens", type=int, default=8192, help="what fits into that model")
+    who.add_argument(
+        "--context_tokens", type=positive, help="what the model can read; default: 8192; local: as it says"
+    )
     who.add_argument(
         "--local", help="instead: a model on this machine (Hub id or folder), spacy (ner), vader (sentiment)"
     )
@@ -215,15 +256,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     shots.add_argument("--examples_split", default="train")
     shots.add_argument("--examples_config_name")
     shots.add_argument("--examples_text_column", help="default: --text_column")
-    shots.add_argument("--num_examples", type=int, default=1000, help="balanced over tags")
-    shots.add_argument("--retrieve", type=int, help="give each transcript the so many most similar of them")
+    shots.add_argument("--num_examples", type=positive, default=1000, help="balanced over tags")
+    shots.add_argument("--retrieve", type=positive, help="give each transcript the so many most similar of them")
     shots.add_argument("--seed", type=int, default=0)
     how = parser.add_argument_group("the run")
-    how.add_argument("--concurrency", type=int, default=8, help="requests at a time; for --local the batch")
+    how.add_argument("--concurrency", type=positive, default=8, help="requests at a time; for --local the batch")
     how.add_argument("--timeout", type=float, default=120, help="seconds for a request")
-    how.add_argument("--max_retries", type=int, default=8, help="of a request that failed on the way")
-    how.add_argument("--attempts", type=int, default=3, help="at an answer that can be read")
-    how.add_argument("--max_tokens_total", type=int, help="stop before more tokens than that are spent")
+    how.add_argument("--max_retries", type=count, default=8, help="of a request that failed on the way")
+    how.add_argument("--attempts", type=positive, default=3, help="at an answer that can be read")
+    how.add_argument(
+        "--max_tokens_total", type=positive, help="stop before more tokens are spent, as far as the server tells them"
+    )
     how.add_argument("--price_in", type=float, default=0.0, help="of a million prompt tokens")
     how.add_argument("--price_out", type=float, default=0.0, help="of a million completion tokens")
     args = parser.parse_args(argv)
@@ -231,8 +274,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("name either --endpoint with --model, or --local")
     if args.endpoint and not args.model:
         parser.error("--endpoint needs --model")
-    if args.token_env and args.token_env not in os.environ:
-        parser.error(f"--token_env: there is no environment variable {args.token_env}")
+    if args.token_env and not os.environ.get(args.token_env):
+        parser.error(f"--token_env: the environment variable {args.token_env} is empty or not set")
     return args
 
 

@@ -127,6 +127,8 @@ class SenseArguments:
                 raise ValueError(f"tasks: the weight of {name} is {weight!r}; give a number above 0")
         if self.train_entities not in ("given", "spacy"):
             raise ValueError(f"train_entities: give given or spacy, found {self.train_entities!r}")
+        if self.filter_labels and self.label_noise is None:
+            raise ValueError("filter_labels filters what label_noise put there: give label_noise, or leave it out")
         if self.label_noise is not None:
             self.label_noise = _mapping("label_noise", self.label_noise)
             if unknown := sorted(self.label_noise.keys() - set(RATES)):

@@ -235,7 +235,12 @@ def plot_curves(lines: dict[str, dict[float, dict]], xlabel: str, path: str | os
 
 def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+
+
+def _markdown_cell(cell: str) -> str:
+    """In one line, and without a bar that would end the cell."""
+    return " ".join(cell.replace("|", "\\|").split())
 
 
 def write_html(path: Path, title: str, lead: str, tables: dict[str, tuple[list[str], list[list[str]]]], picture: Path):

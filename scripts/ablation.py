@@ -10,7 +10,7 @@ if it is there, draws cells along a quantity: `xlabel`, and `lines`, which map a
     python scripts/ablation.py recipes/noise.yaml --dataset_dir data/noise --minutes 6 --split test
 
 A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
-OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold all cells that there are, OUT/curves.png the curves.
+OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold the cells asked for so far, OUT/curves.png the curves.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def read_recipe(path: Path, chosen: list[str] | None) -> dict:
     optional = {"first": {}, "curves": {}}
     if not isinstance(recipe, dict) or recipe.keys() - optional != {"shared", "cells"}:
         raise ValueError(f"{path} must hold `shared` and `cells`, may hold `first` and `curves`, and nothing else")
-    recipe = optional | recipe
+    recipe = optional | {name: part or {} for name, part in recipe.items()}
+    if recipe["curves"] and recipe["curves"].keys() != {"xlabel", "lines"}:
+        raise ValueError(f"{path}: `curves` must hold `xlabel` and `lines`, found {', '.join(recipe['curves'])}")
     cells = {name: fields or {} for name, fields in recipe["cells"].items()}
     drawn = [name for line in recipe["curves"].get("lines", {}).values() for name in line.values()]
     for name in [*(chosen or []), *drawn]:

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 HANG = 30  # seconds
+USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 
 
 class ChatServer:
@@ -19,10 +20,12 @@ class ChatServer:
         faults: by transcript, what goes wrong at its first, second, ... request (a method of `Faults`); then it works.
         seconds: that each request takes.
         takes_schema: else a request with `response_format` is refused.
+        usage: what it says of tokens.
     """
 
-    def __init__(self, answers, faults=None, seconds=0.0, takes_schema=True):
+    def __init__(self, answers, faults=None, seconds=0.0, takes_schema=True, usage=USAGE):
         self.answers, self.faults, self.seconds, self.takes_schema = answers, faults or {}, seconds, takes_schema
+        self.usage = usage
         self.asked = Counter()  # by transcript
         self.bodies, self.headers = [], []
         self.lock = threading.Lock()
@@ -62,7 +65,7 @@ class ChatServer:
         answer = self.answers.get(text, '{"entities": []}')
         if before < len(faults):
             return getattr(Faults, faults[before])(request, answer)
-        send(request, 200, completion(answer))
+        send(request, 200, completion(answer) | {"usage": self.usage})
 
 
 class Faults:
@@ -86,6 +89,9 @@ class Faults:
     def truncated_body(request, answer):
         send(request, 200, json.dumps(completion(answer))[:60])
 
+    def no_content(request, answer):
+        send(request, 200, completion(None))
+
     def no_choices(request, answer):
         send(request, 200, {"id": "1", "choices": []})
 
@@ -107,18 +113,21 @@ class Faults:
     def refused(request, answer):
         send(request, 400, {"error": "content policy"})
 
+    def no_such_model(request, answer):
+        send(request, 404, {"error": "no such model"})
+
     def no_key(request, answer):
         send(request, 401, {"error": "who are you?"})
 
 
-def completion(text: str) -> dict:
+def completion(text: str | None) -> dict:
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
         "model": "oracle",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        "usage": USAGE,
     }
 
 

@@ -91,6 +91,11 @@ def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
     (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves: {xlabel: x, lines: {one: {0: a, 1: b}}}")
     with pytest.raises(ValueError, match="there is no cell 'b'; there are a"):
         ablation.read_recipe(tmp_path / "bad.yaml", None)
+    (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves: {lines: {}}")
+    with pytest.raises(ValueError, match="`curves` must hold `xlabel` and `lines`, found lines"):
+        ablation.read_recipe(tmp_path / "bad.yaml", None)
+    (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves:")
+    assert ablation.read_recipe(tmp_path / "bad.yaml", None)["curves"] == {}
 
 
 def test_shipped_recipe_has_the_cells_of_the_question():

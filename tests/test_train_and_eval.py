@@ -150,6 +150,10 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
+        (
+            "dataset_dir: x\nfilter_labels: true",
+            "filters what label_noise put there: give label_noise",
+        ),
         ("dataset_dir: x\nlabel_noise: {typos: 0.1}", "there is no 'typos'; there are false_positives, drops, swaps"),
         ("dataset_dir: x\nfilter_labels: true\nlabel_noise: {drops: 2}", "drops: 2 is no share"),
         ("dataset_dir: x\nlabel_noise: {drops: 0.1}", "train the task ner alone, found tasks asr"),

@@ -5,8 +5,10 @@ Each has `name`, `context_tokens` (None: no bound), `count(text)` (tokens) and `
 """
 
 import asyncio
+import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
@@ -16,7 +18,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..controls import SpacyTagger, VaderSentiment
-from .prompting import EntityAnnotation
+from .prompting import EntityAnnotation, printable
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,19 @@ class Reply:
 
 
 class NoAnswer(RuntimeError):
-    """A request that the server refused, or did not answer however often it was asked."""
+    """A request that the server did not answer, however often it was asked."""
+
+
+class Refused(NoAnswer):
+    """A request that the server will not answer, as its transcript is."""
 
 
 class FatalError(RuntimeError):
     """The server will not answer any request: a wrong address, key or model."""
+
+
+class BadReply(RuntimeError):
+    """What came back is no chat completion."""
 
 
 def estimate_tokens(text: str) -> int:
@@ -56,15 +66,22 @@ class EndpointAnnotator:
     """
     A chat model behind an OpenAI-compatible server, through huggingface_hub's `AsyncInferenceClient`.
 
+    The answer's JSON schema goes with each request until the server turns one down. Providers get it as OpenAI writes
+    it (`json_schema`); for a URL, huggingface_hub rewrites it to `{"type": "json_object", "value": schema}`, which
+    some servers read as "any JSON" and some ignore.
+
     Args:
         endpoint: URL of the server, or the name of an inference provider that huggingface_hub knows.
         model: its name there.
         token: for the server. Without one, Hugging Face's own is used for its hosts and providers, and none elsewhere.
         timeout: seconds for a request.
-        max_retries: of a request that failed on the way (429, 408, 5xx, timeout, no connection, no chat completion).
-        backoff: seconds before the first of them, doubled each time, up to a minute; a server's Retry-After wins.
+        max_retries: of a request that failed on the way (408, 429, 5xx, timeout, no connection, no chat completion).
+        backoff: seconds before the first of them, doubled each time, up to a minute; a longer Retry-After wins.
         context_tokens: what fits into the model.
         tokenizer: counts tokens; default: an estimate.
+
+    Raises:
+        ValueError: an endpoint that is neither a URL nor a name.
     """
 
     def __init__(
@@ -79,44 +96,48 @@ class EndpointAnnotator:
         context_tokens: int = 8192,
         tokenizer=None,
     ):
-        self.name = f"{model} at {endpoint}"
-        self.model, self.timeout, self.max_retries, self.backoff = model, timeout, max_retries, backoff
+        check_endpoint(endpoint)
+        self.name = model
+        self.endpoint, self.timeout, self.max_retries, self.backoff = endpoint, timeout, max_retries, backoff
         self.context_tokens = context_tokens
         self.count = estimate_tokens if tokenizer is None else lambda text: len(tokenizer.encode(text))
         self.structured = True  # until the server is found not to take a schema
+        self.answered = False
         self.retries = 0
         where = {"base_url": endpoint} if "://" in endpoint else {"provider": endpoint}
-        if token is None and not is_hugging_face(endpoint):
-            token = "none"  # the client would send Hugging Face's token to anybody
+        if not token:  # the client would send Hugging Face's token to anybody
+            token = None if is_hugging_face(endpoint) else "none"
         self.client = AsyncInferenceClient(**where, token=token, timeout=timeout)
 
     async def ask(self, request: Request) -> Reply:
         """
         Raises:
-            NoAnswer: after all retries, or where the server refuses this request.
-            FatalError: where it would refuse all.
+            NoAnswer: after all retries.
+            Refused: the server turns this request down.
+            FatalError: where it would turn down all.
         """
         structured = self.structured and request.schema is not None
         try:
-            return await self._persist(request, structured)
-        except NoAnswer as error:
+            reply = await self._persist(request, structured)
+        except Refused as error:
             if not structured or status_of(error.__cause__) not in (400, 415, 422, 501):
                 raise
             reply = await self._persist(request, structured=False)
             self.structured = False
-            return reply
+        self.answered = True
+        return reply
 
     async def _persist(self, request: Request, structured: bool) -> Reply:
         """Asks until there is an answer, or no hope of one."""
         for tried in range(self.max_retries + 1):
             try:
                 return await asyncio.wait_for(self._post(request, structured), self.timeout)
-            except (HTTPError, OSError, TimeoutError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (HTTPError, OSError, TimeoutError, BadReply) as error:
                 status, cause = status_of(error), error
-            if status in (401, 403, 404):
+            if status == 401 or (status in (403, 404) and not self.answered):
                 raise FatalError(f"{self.name}: {describe(cause)}; check address, model and --token_env") from cause
-            if status is not None and status < 500 and status not in (408, 425, 429):
-                raise NoAnswer(f"refused: {describe(cause)}") from cause
+            if status is not None and (status < 500 or status == 501) and status not in (408, 425, 429):
+                raise Refused(f"refused: {describe(cause)}") from cause
             if tried < self.max_retries:
                 self.retries += 1
                 await asyncio.sleep(self._wait(tried, cause))
@@ -129,40 +150,57 @@ class EndpointAnnotator:
             extra["response_format"] = {"type": "json_schema", "json_schema": named}
         if request.attempt:
             extra["seed"] = request.attempt
-        output = await self.client.chat_completion(
-            request.messages,
-            model=self.model,
-            max_tokens=request.max_tokens,
-            temperature=0.7 if request.attempt else 0.0,
-            **extra,
-        )
-        text = output.choices[0].message.content if output.choices else None
-        if not isinstance(text, str):
-            raise ValueError("the server's reply has no message")
-        usage = output.usage
-        asked = sum(self.count(message["content"]) for message in request.messages)
-        return Reply(
-            text,
-            usage.prompt_tokens if usage else asked,
-            usage.completion_tokens if usage else self.count(text),
-        )
+        try:
+            output = await self.client.chat_completion(
+                request.messages,
+                model=self.name,
+                max_tokens=request.max_tokens,
+                temperature=0.7 if request.attempt else 0.0,
+                **extra,
+            )
+            text = output.choices[0].message.content or ""
+            usage = output.usage
+            tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        except HTTPError:  # some are ValueErrors too
+            raise
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise BadReply(f"no chat completion ({describe(error)})") from error
+        except ValueError as error:  # of the client, before it asked
+            raise FatalError(f"{self.endpoint}: {describe(error)}; give a URL or a provider's name") from error
+        counts = [sum(self.count(message["content"]) for message in request.messages), self.count(str(text))]
+        return Reply(printable(str(text)), *(n if type(n) is int else count for n, count in zip(tokens, counts)))
 
     def _wait(self, tried: int, error: Exception) -> float:
         """Seconds before the next try."""
+        wait = min(60, self.backoff * 2**tried) * random.uniform(0.5, 1)
         headers = getattr(getattr(error, "response", None), "headers", None) or {}
         try:
-            return min(600, float(headers.get("retry-after", "")))
+            asked = float(headers.get("retry-after", ""))
         except ValueError:  # none, or a date
-            return min(60, self.backoff * 2**tried) * random.uniform(0.5, 1)
+            return wait
+        return max(wait, min(600, asked)) if math.isfinite(asked) else wait
 
     async def close(self):
         await self.client.close()
 
 
+def check_endpoint(endpoint: str):
+    """Raises ValueError for what is neither a URL nor a provider's name."""
+    url = urlparse(endpoint)
+    try:
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError:  # a port that is no number
+        is_url = False
+    if not is_url and not re.fullmatch(r"[a-z0-9-]+", endpoint):
+        raise ValueError(f"endpoint {endpoint!r}: give a URL such as http://localhost:8000/v1, or a provider's name")
+
+
 def is_hugging_face(endpoint: str) -> bool:
-    """A provider's name, which goes through Hugging Face, or one of its hosts."""
-    host = urlparse(endpoint).hostname or ""
-    return "://" not in endpoint or host.endswith(("huggingface.co", "huggingface.cloud", "hf.co", "hf.space"))
+    """A provider's name, which goes through Hugging Face, or one of its own hosts."""
+    url = urlparse(endpoint)
+    hosts = ("huggingface.co", "huggingface.cloud")
+    own = any(url.hostname == host or (url.hostname or "").endswith(f".{host}") for host in hosts)
+    return "://" not in endpoint or (url.scheme == "https" and own)
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -170,9 +208,9 @@ def status_of(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 class LocalAnnotator:
@@ -183,14 +221,15 @@ class LocalAnnotator:
         source: Hub id or folder.
         batch_size: most requests in a batch.
         name: what the model is called; default: its source.
+        context_tokens: what fits into it; default: as its configuration says.
     """
 
-    def __init__(self, source: str, batch_size: int = 8, name: str | None = None):
+    def __init__(self, source: str, batch_size: int = 8, name: str | None = None, context_tokens: int | None = None):
         self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
-        self.context_tokens = self.model.config.max_position_embeddings
+        self.context_tokens = context_tokens or self.model.config.max_position_embeddings
         self.name, self.batch_size = name or source, batch_size
         self.waiting: list[tuple[Request, asyncio.Future]] = []
         self.server: asyncio.Task | None = None
@@ -257,8 +296,12 @@ class SpacyAnnotator:
         return 0
 
     async def ask(self, request: Request) -> Reply:
+        """As a language model would write it, and where each phrase begins: it may stand there twice."""
         (entities,) = self.tagger.tag([request.text])
-        return Reply(self.task.write({"text": request.text, "entities": entities}))
+        found = json.loads(self.task.write({"text": request.text, "entities": entities}))
+        for item, (_, start, _) in zip(found["entities"], entities):
+            item["start"] = start
+        return Reply(json.dumps(found, ensure_ascii=False))
 
     async def close(self):
         """Nothing is open."""

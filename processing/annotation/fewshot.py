@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from .prompting import FRAME
+
 
 def select_examples(groups: Sequence[set[str]], number: int, seed: int = 0) -> list[int]:
     """
@@ -45,7 +47,7 @@ def fit(examples: Sequence[tuple[str, str]], tokens: int, count: Callable[[str],
     """The longest beginning of the examples, (transcript, answer), that has at most so many tokens."""
     fitted = []
     for example in examples:
-        tokens -= sum(count(part) + 8 for part in example)  # a turn's frame
+        tokens -= sum(count(part) + FRAME for part in example)
         if tokens < 0:
             break
         fitted.append(example)

@@ -108,24 +108,26 @@ def rename_tag(tag: str, tag_set: str) -> str | None:
     return name if name in TAG_SETS[tag_set] else None
 
 
-def place_phrases(text: str, pairs: Sequence[Sequence[str]]) -> tuple[list[tuple[int, int] | None], list[str | None]]:
+def place_phrases(text: str, pairs: Sequence[Sequence]) -> tuple[list[tuple[int, int] | None], list[str | None]]:
     """
     Where each `[tag, phrase]` stands in the text (filter 1): of its mentions the first whose words are free, longer
-    phrases before shorter ones.
+    phrases before shorter ones; of a `[tag, phrase, start]` the one nearest to that character.
 
     Returns:
         by pair its first character and length, or None; and by pair the reason of the None, a key of `REASONS`.
     """
     words = words_of(text)
     said = [word for word, _, _ in words]
-    wanted = [[word for word, _, _ in words_of(phrase)] for _, phrase in pairs]
+    wanted = [[word for word, _, _ in words_of(phrase)] for _, phrase, *_ in pairs]
     holder: dict[int, int] = {}  # a word of the text: the pair that has it
     spots, reasons = [None] * len(pairs), [None] * len(pairs)
     for i in sorted(range(len(pairs)), key=lambda i: (-len(wanted[i]), i)):
         length = len(wanted[i])
         mentions = [at for at in range(len(words)) if said[at : at + length] == wanted[i]] if length else []
-        at = next((at for at in mentions if not holder.keys() & set(range(at, at + length))), None)
-        if at is not None:
+        free = [at for at in mentions if not holder.keys() & set(range(at, at + length))]
+        if free:
+            near = pairs[i][2] if len(pairs[i]) > 2 else 0
+            at = min(free, key=lambda at: abs(words[at][1] - near))
             holder |= dict.fromkeys(range(at, at + length), i)
             spots[i] = (words[at][1], words[at + length - 1][2] - words[at][1])
         elif not mentions:
@@ -137,23 +139,23 @@ def place_phrases(text: str, pairs: Sequence[Sequence[str]]) -> tuple[list[tuple
 
 
 def filter_tags(pairs: Iterable[Sequence[str]], tag_set: str) -> Filtered:
-    """Filter 2 alone: `entities` are `[tag, phrase]` pairs, still unplaced."""
+    """Filter 2 alone: `entities` are pairs as given, still unplaced, under tags of the set."""
     found = Filtered([])
-    for tag, phrase in pairs:
+    for tag, phrase, *start in pairs:
         name = rename_tag(tag, tag_set)
         if name is None:
             found.rejected.append({"tag": tag, "phrase": phrase, "reason": "meaningless"})
             continue
         if name != tag:
             found.mapped.append({"tag": tag, "phrase": phrase, "to": name})
-        found.entities.append([name, phrase])
+        found.entities.append([name, phrase, *start])
     return found
 
 
 def filter_phrases(text: str, pairs: Sequence[Sequence[str]]) -> Filtered:
     """Filter 1 alone: the entities on the text, under the tags as they were written."""
     found = Filtered([])
-    for (tag, phrase), spot, reason in zip(pairs, *place_phrases(text, pairs)):
+    for (tag, phrase, *_), spot, reason in zip(pairs, *place_phrases(text, pairs)):
         if spot is None:
             found.rejected.append({"tag": tag, "phrase": phrase, "reason": reason})
         else:
@@ -168,7 +170,7 @@ def filter_entities(text: str, pairs: Iterable[Sequence[str]], tag_set: str) -> 
 
     Args:
         text: the transcript.
-        pairs: `[tag, phrase]`, as the annotator wrote them.
+        pairs: `[tag, phrase]`, as the annotator wrote them, or `[tag, phrase, start]` where it says where.
         tag_set: `"combined"` (SLUE's 7) or `"raw"` (OntoNotes' 18).
     """
     tagged = filter_tags(pairs, tag_set)

@@ -70,7 +70,7 @@ def _count(result: Labels | str, column: str) -> Counter:
 def _place_audio(folder: Path, audio: dict) -> str:
     """The audio file's path from the folder; audio in memory is written there, under the hash of its bytes."""
     if audio["bytes"] is None:
-        return os.path.relpath(audio["path"], folder)
+        return os.path.relpath(Path(audio["path"]).resolve(), folder.resolve())
     suffix = Path(audio["path"] or "").suffix or ".flac"
     name = f"audio/{hashlib.sha256(audio['bytes']).hexdigest()[:24]}{suffix}"
     if not (folder / name).is_file():

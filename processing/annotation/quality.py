@@ -41,9 +41,9 @@ def load_pairs(args) -> tuple[list[dict], list[dict], int]:
     column = "entities" if args.task == "ner" else "sentiment"
     for split in args.splits:
         how = {"config_name": args.config_name, "text_column": args.text_column, "entity_tags": args.entity_tags}
-        trusted = _by_id(load_corpus(args.gold, split, **how), args.gold)
+        trusted = _by_id(load_corpus(args.gold, split, lowercase=args.lowercase, **how), args.gold)
         made = _by_id(load_corpus(args.synthetic, split, entity_tags=args.entity_tags), args.synthetic)
-        written = read_annotated(Path(args.synthetic) / split / "metadata.jsonl")
+        written = read_annotated(Path(args.synthetic), split, column)
         for name, row in trusted.items():
             if row[column] is None:
                 continue
@@ -73,11 +73,12 @@ def _by_id(rows, where) -> dict[str, dict]:
     return found
 
 
-def read_annotated(path: Path) -> dict[str, list | str | None]:
-    """By id what the annotator wrote, of a dataset of annotate_sense.py."""
-    if not path.is_file():
+def read_annotated(folder: Path, split: str, column: str) -> dict[str, list | str | None]:
+    """By id what the annotator wrote, of a dataset of annotate_sense.py that is about these labels."""
+    provenance = folder / "provenance.json"
+    if not provenance.is_file() or json.loads(provenance.read_text(encoding="utf-8"))["column"] != column:
         return {}
-    return {row["id"]: row["annotated"] for row in read_json_lines(path) if "annotated" in row}
+    return {row["id"]: row["annotated"] for row in read_json_lines(folder / split / "metadata.jsonl")}
 
 
 def _as_written(row: dict, column: str) -> Pairs | str | None:
@@ -92,12 +93,12 @@ def filter_by_filter(rows: Sequence[dict], tag_set: str) -> dict[str, list[Pairs
     found: dict[str, list[Pairs]] = {name: [] for name in FILTERS}
     for row in rows:
         text, pairs = row["text"], row["annotated"]
-        upper = [[tag.upper(), phrase] for tag, phrase in pairs]
+        upper = [[tag.upper(), *phrase] for tag, *phrase in pairs]
         one = filter_phrases(text, upper).entities
         both = filter_entities(text, pairs, tag_set).entities
         left = (upper, phrases(text, one), filter_tags(pairs, tag_set).entities, phrases(text, both))
         for name, kept in zip(FILTERS, left):
-            found[name].append([[tag, normal(phrase)] for tag, phrase in kept])
+            found[name].append([[tag, normal(phrase)] for tag, phrase, *_ in kept])
     return found
 
 
@@ -173,6 +174,8 @@ def confusion(given: Sequence[Pairs], true: Sequence[Pairs], tags: Sequence[str]
 def compare_entities(gold: list[dict], synthetic: list[dict], tag_set: str) -> dict:
     """Scores filter by filter, by tag after both, the confusion of tags and the utterances that differ most."""
     tags = TAG_SETS[tag_set]
+    if foreign := sorted({tag for row in gold for tag, _, _ in row["entities"]} - set(tags)):
+        raise ValueError(f"the trusted labels have the tag {foreign[0]!r}, not one of {tag_set}: see --entity_tags")
     true = [[[tag, normal(p)] for tag, p in phrases(row["text"], row["entities"])] for row in gold]
     given = filter_by_filter(synthetic, tag_set)
     worst = []
@@ -274,6 +277,7 @@ def compare(argv: list[str]) -> dict:
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--config_name", help="configuration of GOLD on the Hub")
     parser.add_argument("--text_column", default="text", help="of GOLD: the text that was annotated")
+    parser.add_argument("--lowercase", action="store_true", help="GOLD's transcripts, as they were annotated")
     parser.add_argument("--entity_tags", default="combined", choices=list(TAG_SETS))
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
-from ..report import write_text
-from .annotators import FatalError, NoAnswer, Reply, Request
+from .annotators import FatalError, NoAnswer, Refused, Reply, Request
 from .filters import words_of
-from .prompting import Labels, Unreadable, build_messages
+from .prompting import FRAME, Labels, Unreadable, build_messages
 
 
-FAILURES_IN_A_ROW = 5  # requests that get no answer, one after the other, before the run stops
+# Requests without an answer, one after the other, before the run stops; and refusals, where nothing was ever answered.
+FAILURES_IN_A_ROW, REFUSALS_IN_A_ROW = 5, 20
 
 
 class BudgetSpent(RuntimeError):
@@ -60,32 +61,37 @@ class Journal:
 
     def __init__(self, path: Path, run: dict):
         self.answers: dict[str, list[dict]] = defaultdict(list)
-        if not path.is_file():
-            write_text(path, json.dumps({"run": run}, ensure_ascii=False) + "\n")
-        self._read(path, run)
+        is_new = not (path.is_file() and self._read(path, run))
         self.file = open(path, "a", encoding="utf-8")
+        if is_new:
+            self._write({"run": run})
 
-    def _read(self, path: Path, run: dict):
+    def _read(self, path: Path, run: dict) -> bool:
+        """Whether there is anything in the file."""
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):  # the last line was being written when the run was killed
             os.truncate(path, whole)
-        lines = content[:whole].decode().splitlines()
+        lines = content[:whole].split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}); delete the line to ask again") from error
             if number == 1:
                 _require_same(path, entry.get("run"), run)
             else:
                 self.answers[entry["key"]].append(entry)
+        return bool(lines)
 
-    def add(self, item: Item, attempt: int, reply: Reply):
-        entry = {"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, **asdict(reply)}
+    def _write(self, entry: dict):
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def add(self, item: Item, attempt: int, reply: Reply):
+        entry = {"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, **asdict(reply)}
+        self._write(entry)
         self.answers[item.key].append(entry)
 
     def close(self):
@@ -103,7 +109,10 @@ def _require_same(path: Path, found: dict | None, run: dict):
 
 @dataclass
 class Meter:
-    """Tokens so far, those of earlier starts too, and what they cost."""
+    """
+    Tokens of all answers, those of earlier starts too, and what they cost. What a server bills for requests that
+    failed on the way is not known here.
+    """
 
     most: int | None = None  # tokens; None: no bound
     price_in: float = 0.0  # per million tokens
@@ -111,24 +120,34 @@ class Meter:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reserved: int = field(default=0, repr=False)  # for requests on their way
+    scale: float = field(default=1.0, repr=False)  # most tokens that a request took, by what was estimated for it
+
+    @property
+    def total(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
     @property
     def cost(self) -> float:
         return (self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out) / 1e6
 
-    def reserve(self, tokens: int):
+    def reserve(self, estimate: int) -> int:
         """
+        Tokens that are kept for a request, to be given back when its answer is counted.
+
         Raises:
             BudgetSpent: so many more could be too many.
         """
-        spent = self.prompt_tokens + self.completion_tokens
-        if self.most is not None and spent + self.reserved + tokens > self.most:
-            raise BudgetSpent(f"{spent:,} tokens are spent, the next request may take {tokens:,} more")
+        tokens = math.ceil(estimate * self.scale)
+        if self.most is not None and self.total + self.reserved + tokens > self.most:
+            raise BudgetSpent(f"{self.total:,} tokens are spent, the next request may take {tokens:,}")
         self.reserved += tokens
+        return tokens
 
-    def add(self, prompt_tokens: int, completion_tokens: int):
+    def add(self, prompt_tokens: int, completion_tokens: int, estimate: int = 0):
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
+        if estimate:
+            self.scale = max(self.scale, (prompt_tokens + completion_tokens) / estimate)
 
 
 class Run:
@@ -158,13 +177,18 @@ class Run:
         self.task, self.annotator, self.journal, self.meter = task, annotator, journal, meter
         self.examples, self.attempts, self.concurrency = examples, attempts, concurrency
         self.failures: dict[str, str] = {}  # key: why this start got no answer
-        self.failed_in_a_row = 0
+        self.failed_in_a_row = self.refused_in_a_row = 0
+        self.stopped: Exception | None = None
         for entries in journal.answers.values():
             for entry in entries:
                 meter.add(entry["prompt_tokens"], entry["completion_tokens"])
 
+    @property
     def room(self) -> int | None:
-        """Tokens that a transcript and its answer may take: a quarter of the context, the rest is for the examples."""
+        """
+        Tokens that a transcript and its answer may take: a quarter of the context; instruction and examples share the
+        rest.
+        """
         return None if self.annotator.context_tokens is None else self.annotator.context_tokens // 4
 
     def unaskable(self, text: str) -> str | None:
@@ -173,16 +197,13 @@ class Run:
             return "empty: not one word in the transcript"
         tokens = self.annotator.count(text)
         needed = tokens + self.task.most_tokens(tokens)
-        if self.room() is not None and needed > self.room():
-            return f"too long: needs {needed} tokens with its answer, there is room for {self.room()}"
+        if self.room is not None and needed > self.room:
+            return f"too long: needs {needed} tokens with its answer, there is room for {self.room}"
         return None
 
     def result(self, item: Item) -> Labels | str:
         """The labels of an item, or why it has none."""
-        reason = self.unaskable(item.text)
-        if reason is not None:
-            return reason
-        reason = self.failures.get(item.key, "not asked yet")
+        reason = self.failures.get(item.key) or self.unaskable(item.text) or "not asked yet"
         for entry in self.journal.answers.get(item.key, ()):
             try:
                 return self.task.finish(item.text, self.task.read(entry["text"]))
@@ -199,67 +220,88 @@ class Run:
 
     async def start(self, items: Sequence[Item]):
         """
-        Asks about all items that are not done.
+        Asks about all items that are not done. Where it stops early, requests on their way are waited for.
 
         Raises:
-            BudgetSpent: before the request that could exceed it.
-            FatalError, NoAnswer: the server refuses all requests, or several in a row. What was answered is kept.
+            BudgetSpent: the next request could exceed it.
+            FatalError, NoAnswer: the server turns all requests down, or several in a row get no answer.
         """
         queue = deque(item for item in items if not self.is_done(item))
         with tqdm(total=len(items), initial=len(items) - len(queue), desc="annotating", unit="text") as bar:
 
-            async def work() -> BudgetSpent | None:
-                while queue:
+            async def work():
+                while queue and not self.stopped:
                     item = queue.popleft()
                     try:
                         await self._ask(item)
-                    except BudgetSpent as error:  # for one more beside those on their way: they may leave some over
+                    except BudgetSpent:  # for one more beside those on their way: they may leave some over
                         queue.append(item)
-                        return error
+                        return
+                    except (FatalError, NoAnswer) as error:
+                        self.stopped = self.stopped or error
                     bar.update()
                     bar.set_postfix(self._state(), refresh=False)
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    workers = [group.create_task(work()) for _ in range(min(self.concurrency, len(queue)))]
-            except* (FatalError, NoAnswer) as errors:
-                raise errors.exceptions[0] from None
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(queue))):
+                    group.create_task(work())
+        if self.stopped:
+            raise self.stopped
         if queue:
-            raise next(worker.result() for worker in reversed(workers) if worker.result() is not None)
+            self.meter.reserve(self._estimate(queue[0], self._messages(queue[0])))  # raises, with what is spent by now
 
     def _state(self) -> dict:
         """Beside the progress bar."""
-        state = {"tokens": f"{self.meter.prompt_tokens + self.meter.completion_tokens:,}"}
+        state = {"tokens": f"{self.meter.total:,}"}
         if self.meter.price_in or self.meter.price_out:
             state["cost"] = f"{self.meter.cost:.2f}"
+        if retries := getattr(self.annotator, "retries", 0):
+            state["retries"] = retries
         if self.failures:
             state["no answer"] = len(self.failures)
         return state
 
+    def _messages(self, item: Item) -> list[dict]:
+        return build_messages(self.task, item.text, self.examples(item.text))
+
+    def _estimate(self, item: Item, messages: list[dict]) -> int:
+        """Tokens that a request may take."""
+        asked = sum(self.annotator.count(message["content"]) + FRAME for message in messages)
+        return asked + self.task.most_tokens(self.annotator.count(item.text))
+
     async def _ask(self, item: Item):
         """Asks until the answer can be read; keeps every answer."""
-        messages = build_messages(self.task, item.text, self.examples(item.text))
+        messages = self._messages(item)
+        estimate = self._estimate(item, messages)
         most = self.task.most_tokens(self.annotator.count(item.text))
-        estimate = most + sum(self.annotator.count(message["content"]) + 8 for message in messages)
         for attempt in range(len(self.journal.answers.get(item.key, ())), self.attempts):
-            request = Request(item.text, messages, most, attempt, self.task.schema)
-            self.meter.reserve(estimate)
+            reserved = self.meter.reserve(estimate)
             try:
-                reply = await self.annotator.ask(request)
+                reply = await self.annotator.ask(Request(item.text, messages, most, attempt, self.task.schema))
             except NoAnswer as error:
-                self.failures[item.key] = f"no answer: {error}"
-                self.failed_in_a_row += 1
-                if self.failed_in_a_row >= FAILURES_IN_A_ROW:
-                    raise
-                return
+                return self._note_failure(item, error)
             finally:
-                self.meter.reserved -= estimate
-            self.failed_in_a_row = 0
-            self.failures.pop(item.key, None)
+                self.meter.reserved -= reserved
+            self.failed_in_a_row = self.refused_in_a_row = 0
             self.journal.add(item, attempt, reply)
             self.meter.add(reply.prompt_tokens, reply.completion_tokens)
+            self.meter.scale = max(
+                self.meter.scale, (reply.prompt_tokens + reply.completion_tokens) / max(1, estimate)
+            )
             try:
                 self.task.read(reply.text)
                 return
             except Unreadable:
                 continue
+
+    def _note_failure(self, item: Item, error: NoAnswer):
+        """A transcript is left for the next start; raises the error where there have been too many."""
+        self.failures[item.key] = str(error) if isinstance(error, Refused) else f"no answer: {error}"
+        if isinstance(error, Refused):
+            self.refused_in_a_row += 1
+            if self.refused_in_a_row >= REFUSALS_IN_A_ROW and not self.journal.answers:
+                raise error
+        else:
+            self.failed_in_a_row += 1
+            if self.failed_in_a_row >= FAILURES_IN_A_ROW:
+                raise error

@@ -81,6 +81,13 @@ def test_a_mention_that_is_free_is_taken_before_one_that_overlaps():
     assert found.entities == [["ORG", 0, 8], ["PLACE", 13, 4]] and not found.rejected
 
 
+def test_the_mention_nearest_to_the_start_is_taken():
+    text = "we may leave in may or in may"
+    assert filter_phrases(text, [["WHEN", "may", 16]]).entities == [["WHEN", 16, 3]]
+    both = filter_entities(text, [["WHEN", "may", 26], ["DATE", "may", 17], ["PERSON", "me", 3]], "combined")
+    assert both.entities == [["WHEN", 16, 3], ["WHEN", 26, 3]] and both.rejected[0]["reason"] == "hallucinated"
+
+
 def test_possessives_are_words_of_their_own():
     found = filter_phrases("europe's north", [["PLACE", "Europe"]])
     assert found.entities == [["PLACE", 0, 6]]

@@ -22,9 +22,11 @@ from processing.tasks import COMBINED_TAGS, SENTIMENTS
 from tests.conftest import tone, wav
 
 
-def write(folder, rows):
-    """A dataset with one split, test, whose rows share a clip."""
+def write(folder, rows, column=None):
+    """A dataset with one split, test, whose rows share a clip; with a column, as annotate_sense.py would write it."""
     (folder / "test").mkdir(parents=True)
+    if column is not None:
+        (folder / "provenance.json").write_text(json.dumps({"column": column}))
     (folder / "test" / "clip.wav").write_bytes(wav(tone(0.1)))
     lines = [json.dumps({"file_name": "clip.wav", "id": f"row-{i}", **row}) for i, row in enumerate(rows)]
     (folder / "test" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -50,7 +52,7 @@ WRITTEN = [
 @pytest.fixture
 def datasets(tmp_path):
     made = [{"text": row["text"], "entities": None, "annotated": pairs} for row, pairs in zip(GOLD, WRITTEN)]
-    return write(tmp_path / "gold", GOLD), write(tmp_path / "made", made)
+    return write(tmp_path / "gold", GOLD), write(tmp_path / "made", made, "entities")
 
 
 def test_filter_by_filter(datasets, tmp_path):
@@ -86,7 +88,7 @@ def test_sentiment(datasets, tmp_path):
     words = ["Neutral", "Negative", "angry", None, "Neutral"]
     rows = [{"text": row["text"], "annotated": word} for row, word in zip(GOLD, words)]
     rows = [row | {"sentiment": {"angry": "Negative"}.get(word, word)} for row, word in zip(rows, words)]
-    made = write(tmp_path / "sentiment", rows)
+    made = write(tmp_path / "sentiment", rows, "sentiment")
     asked = ["compare", datasets[0], made, "--task", "sentiment", "--splits", "test"]
     found = main([*asked, "--output_dir", str(tmp_path / "report")])
     true, given = ["Neutral", "Positive", "Negative"], ["Neutral", "Negative", "Negative"]
@@ -96,10 +98,34 @@ def test_sentiment(datasets, tmp_path):
 
 
 def test_pages_are_not_broken_by_transcripts(tmp_path):
-    gold = write(tmp_path / "gold", [{"text": "<script>alert(1)</script>", "entities": [["PERSON", 0, 8]]}])
-    made = write(tmp_path / "made", [{"text": "<script>alert(1)</script>", "entities": []}])
+    text = "<script>alert(1)</script> a | b\nc"
+    gold = write(tmp_path / "gold", [{"text": text, "entities": [["PERSON", 0, 8]]}])
+    made = write(tmp_path / "made", [{"text": text, "entities": []}])
     main(["compare", gold, made, "--splits", "test", "--output_dir", str(tmp_path / "report")])
     assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
+    assert "| row-0 | <script>alert(1)</script> a \\| b c |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_labels_that_an_annotation_left_as_they_were_are_no_answers_of_it(datasets, tmp_path):
+    """Sentiment was annotated on top of entities: the entities are compared as labels, not as those answers."""
+    rows = [{**row, "annotated": "Neutral"} for row in GOLD[:3]]
+    made = write(tmp_path / "both", rows, "sentiment")
+    found = main(["compare", datasets[0], made, "--splits", "test", "--output_dir", str(tmp_path / "report")])
+    assert found["filters"]["both"]["all"]["f1"] == 100
+
+
+def test_tags_outside_the_set_are_told(tmp_path):
+    gold = write(tmp_path / "gold", GOLD[:1])
+    with pytest.raises(ValueError, match="the trusted labels have the tag 'PLACE', not one of raw"):
+        asked = ["compare", gold, gold, "--entity_tags", "raw", "--splits", "test"]
+        main([*asked, "--output_dir", str(tmp_path / "report")])
+
+
+def test_gold_in_capitals_is_compared_in_lower_case(tmp_path):
+    gold = write(tmp_path / "gold", [{**GOLD[0], "text": GOLD[0]["text"].upper()}])
+    made = write(tmp_path / "made", GOLD[:1])
+    asked = ["compare", gold, made, "--splits", "test", "--output_dir", str(tmp_path / "report")]
+    assert main([*asked, "--lowercase"])["rows"] == 1
 
 
 @pytest.mark.parametrize(
