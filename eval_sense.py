@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
+    BatchFeature,
     StoppingCriteria,
     WhisperForConditionalGeneration,
 )
@@ -41,22 +42,27 @@ CONTROLS = ("cascade", "gold", "majority")
 
 
 def understand(
-    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8
+    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8, cache=None
 ) -> dict[str, list[str]]:
     """
-    The model's answer to each task for each row of `dataset`, in order, from one listen to each clip. Under several
-    processes each does its share of the rows and all get the whole lists.
+    The model's answer to each task for each row of `dataset`, in order, from one listen to each clip; from an
+    `EncoderCache`, if there is one, of which each row has its `cache_index`. Under several processes each does its
+    share of the rows and all get the whole lists.
 
     Returns:
         by task, the answers as the model writes them.
     """
 
     def answer(rows: list[dict]) -> list[tuple[str, ...]]:
-        clips = [load_audio(row["audio"]) for row in rows]
-        limits = [TASKS[name].most_tokens(len(clip) / 16000) for clip in clips for name in tasks]
-        answers = model.generate_branches(
-            **processor.apply_requests(clips, tasks).to(model.device), **_answer_settings(num_beams, limits)
-        )
+        if cache is None:
+            inputs = processor.apply_requests([row["audio"] for row in rows], tasks)
+        else:
+            inputs = BatchFeature(cache.batch([row["cache_index"] for row in rows]))
+            lengths = inputs["pooled_features_mask"].sum(1).tolist()
+            inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
+        seconds = [row["duration"] or MAX_SECONDS for row in rows]
+        limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
+        answers = model.generate_branches(**inputs.to(model.device), **_answer_settings(num_beams, limits))
         return [tuple(_decode(processor, of_clip)) for of_clip in answers]
 
     answers = _over_processes(dataset, answer, batch_size, "listening")

@@ -105,6 +105,7 @@ class SenseArguments:
     )
 
     encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
+    encoder_cache_storage: str = field(default="float16", metadata={"help": "float16, or int8: half as large"})
     speeds: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "versions of each training clip kept in the cache"}
     )
@@ -282,7 +283,8 @@ class SenseTrainer(Trainer):
         rows, processor = self.scored_rows, self.processing_class
         model = self.accelerator.unwrap_model(self.model).eval()
         tasks = list(self.eval_collator.tasks)
-        answers = understand(model, processor, rows, tasks, batch_size=self.args.per_device_eval_batch_size)
+        how = {"batch_size": self.args.per_device_eval_batch_size, "cache": self.eval_collator.cache}
+        answers = understand(model, processor, rows, tasks, **how)
         if self.is_world_process_zero():
             for i in range(min(3, len(rows))):
                 print(
@@ -430,14 +432,11 @@ def training_labels(args: SenseArguments, train, seed: int):
 
 
 def build_caches(args: SenseArguments, model, processor, train, dev):
-    """The encoder's output of both splits, computed by one process; `(None, None)` where no cache is asked for."""
+    """The encoder's output of both splits; `(None, None)` where no cache is asked for."""
     if args.encoder_cache is None:
         return None, None
-    with PartialState().main_process_first():
-        return (
-            build_cache(model, processor, train, args.encoder_cache, args.speeds),
-            build_cache(model, processor, dev, args.encoder_cache),
-        )
+    how = {"folder": args.encoder_cache, "storage": args.encoder_cache_storage}
+    return build_cache(model, processor, train, speeds=args.speeds, **how), build_cache(model, processor, dev, **how)
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -525,6 +524,7 @@ def main(argv: list[str] | None = None) -> dict:
         checkpoint = get_last_checkpoint(training.output_dir)
     if checkpoint is None:
         start_adapter(args, model, processor, train)
+    encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
     held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
@@ -552,6 +552,8 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()
+        if encoder is not None:
+            model.attach_encoder(encoder)
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
         plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")

@@ -203,7 +203,8 @@ class SenseModel(SensePreTrainedModel):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.audio_tower.eval()  # frozen: no dropout or layer drop, the same features every epoch
+        if self.audio_tower is not None:
+            self.audio_tower.eval()  # frozen: no dropout or layer drop, the same features every epoch
         return self
 
     @torch.no_grad()
@@ -219,7 +220,12 @@ class SenseModel(SensePreTrainedModel):
 
         Returns:
             the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+
+        Raises:
+            ValueError: the encoder was taken away.
         """
+        if self.audio_tower is None:
+            raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
         frames = self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype)).last_hidden_state
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
         frame_mask = None if input_features_mask is None else input_features_mask[:, ::2]
@@ -708,6 +714,19 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
     def remove_classifier(self):
         """Drops the classifier, for inference needs none."""
         self.config.classifier = self.classifier = None
+
+    def detach_encoder(self) -> nn.Module:
+        """
+        Takes the encoder out and returns it: a model that learns from cached `pooled_features` needs no memory for it.
+        Before it can hear or be saved as a whole again, `attach_encoder` puts it back.
+        """
+        self.backbone_fingerprint()  # of all backbones; known from now on
+        encoder, self.model.audio_tower = self.model.audio_tower, None
+        return encoder
+
+    def attach_encoder(self, encoder: nn.Module):
+        """Puts back what `detach_encoder` returned, on the model's device."""
+        self.model.audio_tower = encoder.to(self.device)
 
     def trained_state_dict(self, inference: bool = False) -> dict[str, torch.Tensor]:
         """The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier."""
