@@ -10,7 +10,6 @@ command line win. A run that was interrupted goes on from its last checkpoint wh
 import dataclasses
 import difflib
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import load_corpus
 from processing.encoder_cache import build_cache
+from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, write_text
 from processing.scoring import score
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
@@ -445,17 +445,19 @@ class Mixture(torch.utils.data.Dataset):
     `set_epoch`, which Trainer calls, draws others.
     """
 
-    def __init__(self, args: SenseArguments, rows, cache, tasks, seed: int):
+    def __init__(self, args: SenseArguments, rows, audio_tokens: list[int], tasks, tokenizer, seed: int):
         self.rows, self.tasks, self.seed = rows, tasks, seed
         self.weights, self.balance = args.tasks, args.balance_classes
         self.labels = list(rows.select_columns(["text", "entities", "sentiment"]))
-        self.row_lengths = clip_lengths(rows, cache)
+        self.audio_tokens = audio_tokens
+        self.answer_tokens = {name: count_answer_tokens(self.labels, tasks[name], tokenizer) for name in args.tasks}
         self.lengths: list[int] = []
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
         self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
-        self.lengths[:] = [self.row_lengths[row] for row, _ in self.pairs]  # in place: the sampler holds this list
+        # In place: the sampler holds this list.
+        self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -465,9 +467,19 @@ class Mixture(torch.utils.data.Dataset):
         return {**self.rows[row], "task": task}
 
 
-def clip_lengths(rows, cache) -> list[int]:
-    """What `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second."""
-    return cache.lengths if cache else [math.ceil(100 * (seconds or 0)) for seconds in rows["duration"]]
+def count_audio_tokens(rows, cache, processor) -> list[int]:
+    """Of each row's clip; without a cache by its duration, one that is not known counts as 30 s."""
+    if cache:
+        return cache.lengths
+    rate = processor.feature_extractor.sampling_rate
+    seconds = [min(MAX_SECONDS, duration or MAX_SECONDS) for duration in rows["duration"]]
+    return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
+
+
+def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
+    """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
+    answers = [task.target(row) or "" for row in labels]
+    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
 
 
 def ask_once(rows, tasks):
@@ -516,7 +528,8 @@ def main(argv: list[str] | None = None) -> dict:
         dev = load_split(args, args.eval_split, args.max_eval_samples)
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
-    dev = dev.add_column(training.length_column_name, clip_lengths(dev, dev_cache))
+    dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
+    audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
 
     checkpoint = training.resume_from_checkpoint
@@ -529,7 +542,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=Mixture(args, train, train_cache, tasks, training.seed),
+        train_dataset=Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed),
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
         data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
