@@ -213,10 +213,9 @@ class Run:
 
     def is_done(self, item: Item) -> bool:
         """There is nothing more to ask."""
-        asked = len(self.journal.answers.get(item.key, ()))
-        return (
-            asked >= self.attempts or not isinstance(self.result(item), str) or self.unaskable(item.text) is not None
-        )
+        if len(self.journal.answers.get(item.key, ())) >= self.attempts or self.unaskable(item.text) is not None:
+            return True
+        return not isinstance(self.result(item), str)
 
     async def start(self, items: Sequence[Item]):
         """
@@ -284,10 +283,7 @@ class Run:
                 self.meter.reserved -= reserved
             self.failed_in_a_row = self.refused_in_a_row = 0
             self.journal.add(item, attempt, reply)
-            self.meter.add(reply.prompt_tokens, reply.completion_tokens)
-            self.meter.scale = max(
-                self.meter.scale, (reply.prompt_tokens + reply.completion_tokens) / max(1, estimate)
-            )
+            self.meter.add(reply.prompt_tokens, reply.completion_tokens, estimate)
             try:
                 self.task.read(reply.text)
                 return
