@@ -1,5 +1,6 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint and all tests
+# make bench        speed and memory beside peers, into benchmarks/results (an hour or so on two cores)
 # PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint backbones
+.PHONY: quickstart test bench lint backbones
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,9 @@ quickstart: backbones
 
 test: lint backbones
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks --out benchmarks/results
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
+    BatchFeature,
     StoppingCriteria,
     WhisperForConditionalGeneration,
 )
@@ -41,29 +42,28 @@ CONTROLS = ("cascade", "gold", "majority")
 
 
 def understand(
-    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8
+    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8, cache=None
 ) -> dict[str, list[str]]:
     """
-    The model's answer to each task for each row of `dataset`, in order; each clip is encoded once. Under several
-    processes each does its share of the rows and all get the whole lists.
+    The model's answer to each task for each row of `dataset`, in order, from one listen to each clip; from an
+    `EncoderCache`, if there is one, of which each row has its `cache_index`. Under several processes each does its
+    share of the rows and all get the whole lists.
 
     Returns:
         by task, the answers as the model writes them.
     """
 
     def answer(rows: list[dict]) -> list[tuple[str, ...]]:
-        clips = [load_audio(row["audio"]) for row in rows]
-        seconds = [len(clip) / 16000 for clip in clips]
-        pooled, found = None, []
-        for name in tasks:
-            inputs = processor.apply_request(clips, name).to(model.device)
-            features = [inputs.pop("input_features"), inputs.pop("input_features_mask")]
-            if pooled is None:
-                names = ("pooled_features", "pooled_features_mask")
-                pooled = dict(zip(names, model.model.get_pooled_features(*features)))
-            limits = [TASKS[name].most_tokens(s) for s in seconds]
-            found.append(_generate(model, processor, {**inputs, **pooled}, num_beams, limits))
-        return list(zip(*found))
+        if cache is None:
+            inputs = processor.apply_requests([row["audio"] for row in rows], tasks)
+        else:
+            inputs = BatchFeature(cache.batch([row["cache_index"] for row in rows]))
+            lengths = inputs["pooled_features_mask"].sum(1).tolist()
+            inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
+        seconds = [row["duration"] or MAX_SECONDS for row in rows]
+        limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
+        answers = model.generate_branches(**inputs.to(model.device), **_answer_settings(num_beams, limits))
+        return [tuple(_decode(processor, of_clip)) for of_clip in answers]
 
     answers = _over_processes(dataset, answer, batch_size, "listening")
     return dict(zip(tasks, map(list, zip(*answers))))
@@ -81,7 +81,8 @@ def understand_text(
             texts = [prompt.replace(AUDIO_TOKEN, row["text"]) for row in rows]
             inputs = processor(text=texts).to(model.device)
             limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
-            found.append(_generate(model, processor, inputs, num_beams, limits))
+            output = model.generate(**inputs, **_answer_settings(num_beams, limits))
+            found.append(_decode(processor, output[:, inputs["input_ids"].shape[1] :]))
         return list(zip(*found))
 
     answers = _over_processes(dataset, answer, batch_size, "reading")
@@ -91,24 +92,25 @@ def understand_text(
 class AnswerLimits(StoppingCriteria):
     """Ends each row's answer by its own limit, so that an endless one is the same in whatever batch it stands."""
 
-    def __init__(self, prompt_length: int, limits: list[int]):
-        self.ends = prompt_length + torch.tensor(limits)
+    def __init__(self, limits: list[int]):
+        self.limits = torch.tensor(limits)
+        self.start: int | None = None  # the prompt's length, known after the first token
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        beams = len(input_ids) // len(self.ends)
-        return (input_ids.shape[1] >= self.ends.repeat_interleave(beams)).to(input_ids.device)
+        if self.start is None:
+            self.start = input_ids.shape[1] - 1
+        beams = len(input_ids) // len(self.limits)
+        return (input_ids.shape[1] - self.start >= self.limits.repeat_interleave(beams)).to(input_ids.device)
 
 
-def _generate(model, processor, inputs: dict, num_beams: int, limits: list[int]) -> list[str]:
-    start = inputs["input_ids"].shape[1]
-    output = model.generate(
-        **inputs,
-        num_beams=num_beams,
-        do_sample=False,
-        max_new_tokens=max(limits),
-        stopping_criteria=[AnswerLimits(start, limits)],
-    )
-    return [answer.strip() for answer in processor.batch_decode(output[:, start:], skip_special_tokens=True)]
+def _answer_settings(num_beams: int, limits: list[int]) -> dict:
+    """For `generate`: greedy or beams, each row's answer bounded by its own limit."""
+    how = {"num_beams": num_beams, "do_sample": False, "max_new_tokens": max(limits)}
+    return how | {"stopping_criteria": [AnswerLimits(limits)]}
+
+
+def _decode(processor, answers) -> list[str]:
+    return [answer.strip() for answer in processor.batch_decode(answers, skip_special_tokens=True)]
 
 
 def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int = 8, device="cpu") -> list[str]:

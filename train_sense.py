@@ -10,7 +10,6 @@ command line win. A run that was interrupted goes on from its last checkpoint wh
 import dataclasses
 import difflib
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import load_corpus
 from processing.encoder_cache import build_cache
+from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, write_text
 from processing.scoring import score
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
@@ -105,6 +105,7 @@ class SenseArguments:
     )
 
     encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
+    encoder_cache_storage: str = field(default="float16", metadata={"help": "float16, or int8: half as large"})
     speeds: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "versions of each training clip kept in the cache"}
     )
@@ -282,7 +283,8 @@ class SenseTrainer(Trainer):
         rows, processor = self.scored_rows, self.processing_class
         model = self.accelerator.unwrap_model(self.model).eval()
         tasks = list(self.eval_collator.tasks)
-        answers = understand(model, processor, rows, tasks, batch_size=self.args.per_device_eval_batch_size)
+        how = {"batch_size": self.args.per_device_eval_batch_size, "cache": self.eval_collator.cache}
+        answers = understand(model, processor, rows, tasks, **how)
         if self.is_world_process_zero():
             for i in range(min(3, len(rows))):
                 print(
@@ -430,14 +432,11 @@ def training_labels(args: SenseArguments, train, seed: int):
 
 
 def build_caches(args: SenseArguments, model, processor, train, dev):
-    """The encoder's output of both splits, computed by one process; `(None, None)` where no cache is asked for."""
+    """The encoder's output of both splits; `(None, None)` where no cache is asked for."""
     if args.encoder_cache is None:
         return None, None
-    with PartialState().main_process_first():
-        return (
-            build_cache(model, processor, train, args.encoder_cache, args.speeds),
-            build_cache(model, processor, dev, args.encoder_cache),
-        )
+    how = {"folder": args.encoder_cache, "storage": args.encoder_cache_storage}
+    return build_cache(model, processor, train, speeds=args.speeds, **how), build_cache(model, processor, dev, **how)
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -446,17 +445,19 @@ class Mixture(torch.utils.data.Dataset):
     `set_epoch`, which Trainer calls, draws others.
     """
 
-    def __init__(self, args: SenseArguments, rows, cache, tasks, seed: int):
+    def __init__(self, args: SenseArguments, rows, audio_tokens: list[int], tasks, tokenizer, seed: int):
         self.rows, self.tasks, self.seed = rows, tasks, seed
         self.weights, self.balance = args.tasks, args.balance_classes
         self.labels = list(rows.select_columns(["text", "entities", "sentiment"]))
-        self.row_lengths = clip_lengths(rows, cache)
+        self.audio_tokens = audio_tokens
+        self.answer_tokens = {name: count_answer_tokens(self.labels, tasks[name], tokenizer) for name in args.tasks}
         self.lengths: list[int] = []
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
         self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
-        self.lengths[:] = [self.row_lengths[row] for row, _ in self.pairs]  # in place: the sampler holds this list
+        # In place: the sampler holds this list.
+        self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -466,9 +467,19 @@ class Mixture(torch.utils.data.Dataset):
         return {**self.rows[row], "task": task}
 
 
-def clip_lengths(rows, cache) -> list[int]:
-    """What `train_sampling_strategy: group_by_length` sorts by: audio tokens, or hundredths of a second."""
-    return cache.lengths if cache else [math.ceil(100 * (seconds or 0)) for seconds in rows["duration"]]
+def count_audio_tokens(rows, cache, processor) -> list[int]:
+    """Of each row's clip; without a cache by its duration, one that is not known counts as 30 s."""
+    if cache:
+        return cache.lengths
+    rate = processor.feature_extractor.sampling_rate
+    seconds = [min(MAX_SECONDS, duration or MAX_SECONDS) for duration in rows["duration"]]
+    return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
+
+
+def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
+    """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
+    answers = [task.target(row) or "" for row in labels]
+    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
 
 
 def ask_once(rows, tasks):
@@ -517,7 +528,8 @@ def main(argv: list[str] | None = None) -> dict:
         dev = load_split(args, args.eval_split, args.max_eval_samples)
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
-    dev = dev.add_column(training.length_column_name, clip_lengths(dev, dev_cache))
+    dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
+    audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
 
     checkpoint = training.resume_from_checkpoint
@@ -525,11 +537,12 @@ def main(argv: list[str] | None = None) -> dict:
         checkpoint = get_last_checkpoint(training.output_dir)
     if checkpoint is None:
         start_adapter(args, model, processor, train)
+    encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
     held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=Mixture(args, train, train_cache, tasks, training.seed),
+        train_dataset=Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed),
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
         data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
@@ -552,6 +565,8 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()
+        if encoder is not None:
+            model.attach_encoder(encoder)
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
         plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -202,7 +203,8 @@ class SenseModel(SensePreTrainedModel):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.audio_tower.eval()  # frozen: no dropout or layer drop, the same features every epoch
+        if self.audio_tower is not None:
+            self.audio_tower.eval()  # frozen: no dropout or layer drop, the same features every epoch
         return self
 
     @torch.no_grad()
@@ -218,7 +220,12 @@ class SenseModel(SensePreTrainedModel):
 
         Returns:
             the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+
+        Raises:
+            ValueError: the encoder was taken away.
         """
+        if self.audio_tower is None:
+            raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
         frames = self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype)).last_hidden_state
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
         frame_mask = None if input_features_mask is None else input_features_mask[:, ::2]
@@ -470,23 +477,114 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
 
     def _prefill_once(self, copies: int, kwargs: dict):
         """Puts all of the prompt but its last token into a cache, then copies the cache for the beams."""
-        input_ids = kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = kwargs["attention_mask"] = torch.ones_like(input_ids)
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        self.model(
-            input_ids=input_ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            cache=cache,
-            use_cache=True,
-            **{name: kwargs.pop(name, None) for name in AUDIO_INPUTS},
-        )
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        audio = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
+        cache = self._read_into_cache(kwargs["input_ids"][:, :-1], kwargs["attention_mask"][:, :-1], **audio)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         kwargs["cache"] = cache
+
+    def _read_into_cache(self, input_ids, attention_mask, cache: DynamicCache | None = None, **audio) -> DynamicCache:
+        """The cache, a new one by default, with these tokens behind those in it; the mask is of all of them."""
+        if cache is None:
+            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[
+            :, attention_mask.shape[1] - input_ids.shape[1] :
+        ]
+        self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            cache=cache,
+            use_cache=True,
+            **audio,
+        )
+        return cache
+
+    @torch.no_grad()
+    def generate_branches(
+        self,
+        prompts: list[list[list[int]]],
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        pooled_features: torch.Tensor | None = None,
+        pooled_features_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> list[list[torch.LongTensor]]:
+        """
+        Answers several prompts about each clip from one listen: each clip is encoded once, what its prompts have in
+        common at their beginning (the audio stands there) is prefilled once, and all go on from there as one batch.
+        The answers are those of a `generate` for each.
+
+        Args:
+            prompts: by clip, by prompt the token ids, placeholders expanded; as many prompts for each clip.
+            input_features, input_features_mask, pooled_features, pooled_features_mask: as in `forward`, one clip each.
+            kwargs: as for `generate`, but one sequence a prompt. Its batch is clip after clip, in each prompt after
+                prompt: stopping criteria see that order, and all beams of a row side by side.
+
+        Returns:
+            by clip, by prompt the new tokens, padded to the same length.
+
+        Raises:
+            ValueError: clips with different numbers of prompts, or prompts without a common beginning.
+        """
+        branches = len(prompts[0])
+        if not branches or any(len(of_clip) != branches for of_clip in prompts):
+            raise ValueError(f"give as many prompts for each clip, found {[len(of_clip) for of_clip in prompts]}")
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if config.num_return_sequences != 1:
+            raise ValueError(f"num_return_sequences is {config.num_return_sequences}; branches take 1")
+        if input_features is not None:
+            pooled_features, pooled_features_mask = self.model.get_pooled_features(input_features, input_features_mask)
+        shared = [_common_beginning(of_clip) for of_clip in prompts]
+        if not all(shared):
+            raise ValueError("the prompts of a clip begin with different tokens: put the audio first")
+        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        ids, mask = _pad_left([of_clip[0][:n] for of_clip, n in zip(prompts, shared)], pad, self.device)
+        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
+        cache = self._read_into_cache(ids, mask, **audio)
+        rest = [prompt[n:] for of_clip, n in zip(prompts, shared) for prompt in of_clip]
+        rest_ids, rest_mask = _pad_left(rest, pad, self.device)
+        # Padding between beginning and rest: masked, and not counted in the positions.
+        ids = torch.cat([ids.repeat_interleave(branches, 0), rest_ids], 1)
+        mask = torch.cat([mask.repeat_interleave(branches, 0), rest_mask], 1)
+        cache.batch_repeat_interleave(branches)
+        if rest_ids.shape[1] > 1:
+            self._read_into_cache(rest_ids[:, :-1], mask[:, :-1], cache)
+        cache.batch_repeat_interleave(config.num_beams)
+        output = super().generate(
+            input_ids=ids, attention_mask=mask, cache=cache, generation_config=generation_config, **kwargs
+        )
+        answers = list(output[:, ids.shape[1] :])
+        return [answers[i : i + branches] for i in range(0, len(answers), branches)]
+
+    def understand(
+        self, audio, tasks=("asr", "ner", "sa"), *, processor=None, sampling_rate: int | None = None, **kwargs
+    ) -> dict[str, list[str]]:
+        """
+        What the model makes of clips: its answers to several tasks, from one listen (see `generate_branches`).
+
+        Args:
+            audio: one clip or a list of them, as the processor takes them: paths, arrays, bytes.
+            tasks: names of the processor's prompts.
+            processor: the model's `SenseProcessor`; by default the one that was saved beside the model.
+            sampling_rate: of clips that are arrays, in Hz; 16000 if not given.
+            kwargs: as for `generate`; `max_new_tokens` is 384 by default, more than 30 s of speech need.
+
+        Returns:
+            by task, an answer for each clip.
+
+        Raises:
+            ValueError: a task that the model has no prompt for.
+        """
+        if processor is None:
+            processor = AutoProcessor.from_pretrained(self.name_or_path)
+        inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
+        answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
+        texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
+        return {task: [of_clip[t].strip() for of_clip in texts] for t, task in enumerate(tasks)}
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
@@ -617,6 +715,19 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         """Drops the classifier, for inference needs none."""
         self.config.classifier = self.classifier = None
 
+    def detach_encoder(self) -> nn.Module:
+        """
+        Takes the encoder out and returns it: a model that learns from cached `pooled_features` needs no memory for it.
+        Before it can hear or be saved as a whole again, `attach_encoder` puts it back.
+        """
+        self.backbone_fingerprint()  # of all backbones; known from now on
+        encoder, self.model.audio_tower = self.model.audio_tower, None
+        return encoder
+
+    def attach_encoder(self, encoder: nn.Module):
+        """Puts back what `detach_encoder` returned, on the model's device."""
+        self.model.audio_tower = encoder.to(self.device)
+
     def trained_state_dict(self, inference: bool = False) -> dict[str, torch.Tensor]:
         """The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier."""
         return {
@@ -694,6 +805,20 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         if missing or unexpected or shapes:
             raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}, of another shape {shapes}")
         self.load_state_dict(state, strict=False)
+
+
+def _common_beginning(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own at least."""
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if len({prompt[i] for prompt in prompts}) > 1), most)
+
+
+def _pad_left(rows: list[list[int]], pad: int, device) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows of one length, and the mask of what is no padding."""
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict:

@@ -8,7 +8,7 @@ import torch
 from transformers import BatchFeature
 
 from .augmentation import mask_time
-from .encoder_cache import EncoderCache
+from .encoder_cache import EncoderCache, pad
 from .processing_sense import SenseProcessor, load_audio
 from .tasks import Task
 
@@ -63,12 +63,9 @@ class SenseCollator:
 
     def _pooled(self, rows: list[dict]) -> tuple[dict, list[int]]:
         clips = [self.cache.get(row["cache_index"], random.randrange(self.cache.variants)) for row in rows]
-        lengths = torch.tensor([len(clip) for clip in clips])
         if self.time_mask:
             clips = [mask_time(clip, self.time_mask) for clip in clips]
-        pooled = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-        mask = torch.arange(pooled.shape[1]) < lengths[:, None]
-        return {"pooled_features": pooled, "pooled_features_mask": mask}, lengths.tolist()
+        return pad(clips), [len(clip) for clip in clips]
 
     def _tokens(self, prompts: list[str], answers: list[str]) -> dict:
         tokenizer = self.processor.tokenizer

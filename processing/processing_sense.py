@@ -335,11 +335,36 @@ class SenseProcessor(ProcessorMixin):
         Raises:
             ValueError: the model was not trained for the task: `prompts` does not have it.
         """
+        prompt = self.build_prompt(self._prompt_of(task))
+        clips = as_clips(audios)
+        text = [prompt] * len(clips)
+        return self(audio=clips, text=text, sampling_rate=sampling_rate)
+
+    def apply_requests(self, audios, tasks, sampling_rate: int | None = None) -> BatchFeature:
+        """
+        Inputs of the model's `generate_branches`, which puts the questions of several tasks to each clip at once.
+
+        Returns:
+            `input_features` and `input_features_mask` as of `__call__`, and `prompts`: by clip, by task the token ids.
+
+        Raises:
+            ValueError: the model was not trained for a task: `prompts` does not have it.
+        """
+        rate = self.feature_extractor.sampling_rate
+        features = self.audio_features([load_audio(clip, sampling_rate, target=rate) for clip in as_clips(audios)])
+        lengths = features["input_features_mask"].sum(-1).tolist()
+        features["prompts"] = [self.prompt_ids(self._num_tokens_of_mel(n), tasks) for n in lengths]
+        return features
+
+    def prompt_ids(self, num_tokens: int, tasks) -> list[list[int]]:
+        """By task the token ids of its prompt for a clip of so many audio tokens."""
+        texts = [self.expand_audio(self.build_prompt(self._prompt_of(task)), [num_tokens]) for task in tasks]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _prompt_of(self, task: str) -> str:
         if task not in self.prompts:
             raise ValueError(f"there is no prompt for task {task!r}; this model was trained for {list(self.prompts)}")
-        clips = as_clips(audios)
-        text = [self.build_prompt(self.prompts[task])] * len(clips)
-        return self(audio=clips, text=text, sampling_rate=sampling_rate)
+        return self.prompts[task]
 
     def apply_transcription_request(
         self, audios, prompt: str | None = None, sampling_rate: int | None = None

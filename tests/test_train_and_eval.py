@@ -18,11 +18,12 @@ from transformers import WhisperModel
 
 import eval_sense
 import train_sense
+from modeling_sense import SenseModel
 from processing import report
 from processing.datasets import load_corpus
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation, transcribe
-from tests.conftest import make_corpus, write_corpus
+from tests.conftest import make_corpus, make_tokenizer, write_corpus
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,37 @@ def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, t
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strategy):
     train_sense.main([recipe(warm_start=False, train_sampling_strategy=strategy), "--max_steps", "2"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_clips"] == 12
+
+
+def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_path, monkeypatch):
+    encoded = []
+    get_pooled_features = SenseModel.get_pooled_features
+
+    def counted(self, input_features, input_features_mask=None):
+        encoded.append(len(input_features))
+        return get_pooled_features(self, input_features, input_features_mask)
+
+    monkeypatch.setattr(SenseModel, "get_pooled_features", counted)
+    cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
+    cache |= {"encoder_cache_storage": "int8"}
+    train_sense.main([recipe(output_dir=str(tmp_path / "one"), **cache)])
+    assert sum(encoded) == 2 * 12  # dev's clips are among train's in this corpus
+    ner = {"tasks": {"asr": 1, "ner": 1}, "prompts": {"asr": "Write.", "ner": "Tag."}, "classifier": "ner"}
+    train_sense.main([recipe(init_from=str(tmp_path / "one"), output_dir=str(tmp_path / "two"), **cache, **ner)])
+    assert sum(encoded) == 2 * 12
+    model, processor = eval_sense.load_checkpoint(str(tmp_path / "two"))  # whole, with the encoder
+    assert len(eval_sense.understand(model, processor, make_corpus(2), ["asr", "ner"])["ner"]) == 2
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_compiled_step_learns_as_another(recipe, tmp_path, cached):
+    losses = []
+    for compiled in (False, True):
+        how = {"output_dir": str(tmp_path / str(compiled))}
+        how |= {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        how |= {"encoder_cache": str(tmp_path / "cache")} if cached else {}
+        losses.append(train_sense.main([recipe(max_steps=2, **how)])["eval_true_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_attention_of_the_language_model_alone_can_be_chosen(recipe, tmp_path):
@@ -337,12 +369,16 @@ def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
 
 def test_epochs_draw_other_rows_as_often():
     args, rows = SimpleNamespace(tasks={"asr": 0.5, "sa": 1.5}, balance_classes=False), make_corpus(20)
-    mixture = train_sense.Mixture(args, rows, None, make_tasks({"asr": "Write.", "sa": "Which?"}), seed=0)
+    tokenizer = make_tokenizer()
+    tasks = make_tasks({"asr": "Write.", "sa": "Which?"})
+    mixture = train_sense.Mixture(args, rows, list(range(100, 120)), tasks, tokenizer, seed=0)
     epochs = []
     for epoch in (0, 1, 2, 1):
         mixture.set_epoch(epoch)
         epochs.append([mixture[i] for i in range(len(mixture))])
-        assert mixture.lengths == [round(100 * row["duration"]) for row in epochs[-1]]
+        for length, row in zip(mixture.lengths, epochs[-1], strict=True):
+            answer = tokenizer(tasks[row["task"]].target(row))["input_ids"]
+            assert length == 100 + int(row["id"].split("-")[1]) + len(answer)
     shown = [sorted(row["id"] for row in epoch if row["task"] == "asr") for epoch in epochs]
     assert [len(ids) for ids in shown] == [10] * 4
     assert shown[0] != shown[1] != shown[2] and epochs[1] == epochs[3]

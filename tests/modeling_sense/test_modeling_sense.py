@@ -290,6 +290,72 @@ def test_assisted_generation_equals_greedy(sense):
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=2), expected)
 
 
+PROMPTS = {"asr": "Transcribe the speech.", "ner": "Transcribe the speech and tag it.", "sa": "Which sentiment?"}
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_branches_answer_as_separate_calls_token_for_token(tiny_whisper, text_backbone, audio_tokens, how):
+    model, processor = build(tiny_whisper, text_backbone, audio_tokens)
+    processor.prompts = PROMPTS
+    clips = [tone(s, seed=i) for i, s in enumerate(SECONDS[:4])]
+    how = {**how, "max_new_tokens": 9, "min_new_tokens": 9}
+    encoded, read = count_rows(model.model.audio_tower), count_rows(model.model.language_model)
+    branches = model.generate_branches(**processor.apply_requests(clips, PROMPTS), **how)
+    beams = how.get("num_beams", 1)
+    assert [rows for rows, _ in encoded] == [4]
+    # The audio's prefix once, the questions for each task, then a token at a time.
+    assert read[0][0] == 4 and read[1][0] == 12 and all(call == (12 * beams, 1) for call in read[2:])
+    answers = model.understand(clips, PROMPTS, processor=processor, **how)
+    for t, task in enumerate(PROMPTS):
+        inputs = processor.apply_request(clips, task)
+        expected = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+        assert torch.equal(torch.stack([of_clip[t] for of_clip in branches]), expected)
+        assert answers[task] == [text.strip() for text in processor.batch_decode(expected, skip_special_tokens=True)]
+
+
+def test_answers_end_by_themselves_in_branches_too(sense):
+    model, processor = sense
+    processor.prompts = PROMPTS
+    clips = [tone(s, seed=i) for i, s in enumerate(SECONDS[:3])]
+    for t, task in enumerate(PROMPTS):
+        first = model.generate_branches(**processor.apply_requests(clips, PROMPTS), max_new_tokens=1)[1][t]
+        model.generation_config.eos_token_id = int(first[0])  # that clip's answer to that task is empty
+        answers = model.understand(clips, PROMPTS, processor=processor, max_new_tokens=6)
+        for name in PROMPTS:
+            inputs = processor.apply_request(clips, name)
+            output = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+            texts = processor.batch_decode(output, skip_special_tokens=True)
+            assert answers[name] == [text.strip() for text in texts]
+
+
+def test_understand_finds_the_processor_beside_the_model(sense, tmp_path):
+    model, processor = sense
+    processor.prompts = PROMPTS
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path).eval()
+    clip = tone(0.5)
+    answers = loaded.understand(clip, max_new_tokens=5)
+    assert answers == model.understand([clip], processor=processor, max_new_tokens=5) and list(answers) == list(
+        PROMPTS
+    )
+    with pytest.raises(ValueError, match="no prompt for task 'poem'; this model was trained for"):
+        loaded.understand(clip, ["poem"])
+
+
+@pytest.mark.parametrize(
+    "prompts, how, message",
+    [
+        ([[[1, 2]], [[1, 2], [1, 3]]], {}, "as many prompts for each clip, found \\[1, 2\\]"),
+        ([[[1, 2], [2, 2]]], {}, "put the audio first"),
+        ([[[1, 2]]], {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
+    ],
+)
+def test_branches_that_cannot_be(sense, prompts, how, message):
+    with pytest.raises(ValueError, match=message):
+        sense[0].generate_branches(prompts, pooled_features=torch.zeros(1, 1, 32), **how)
+
+
 def test_two_clips_in_one_prompt_with_beams(sense):
     model, processor = sense
     clips = [tone(0.5, seed=1), tone(1.0, seed=2)]

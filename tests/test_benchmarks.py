@@ -1,0 +1,183 @@
+"""The benchmarks at tiny sizes: every system does what it is said to do, and the numbers are put together right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import compare, measure, report
+from benchmarks.__main__ import main, make_settings, parse
+from benchmarks.setting import TASKS, Setting
+from benchmarks.systems import (
+    AT_ONCE,
+    BARE,
+    BEAMS,
+    CACHED,
+    ENCODING,
+    PER_BEAM,
+    PIPELINE,
+    SYSTEMS,
+    THREE_CALLS,
+)
+from benchmarks.training import BareLLM, bare_inputs, build_sense_to_train, cached_inputs
+
+
+TINY = Setting("tiny", "tiny", batch=2, seconds=1, labels=5, new_tokens=4)
+PROJECTORS = ("multi_modal_projector.", "model.projector.", "projector.", "audio_embeds")
+# Clips that go through the encoder in one run of the command: batches of 8 and of 4, 5 beams.
+ROWS = {
+    "train": {name: {CACHED: 0, BARE: None}.get(name, 8) for name in SYSTEMS["train"]},
+    "beams": {BEAMS: 4, PER_BEAM: 4 * 5, "Voxtral": 4 * 5},
+    "understand": {AT_ONCE: 4, THREE_CALLS: 4 * TASKS, PIPELINE: 4},
+}
+
+
+def run(section, name, setting=TINY):
+    system = SYSTEMS[section][name]
+    return system.run(system.build(setting), system.inputs(setting))
+
+
+# ------------------------------------------------------------------ systems
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SYSTEMS["train"])
+def test_a_step_trains_the_projector_alone(name, dtype):
+    system, setting = SYSTEMS["train"][name], replace(TINY, dtype=dtype)
+    model = system.build(setting)
+    assert torch.isfinite(system.run(model, system.inputs(setting)))
+    for parameter_name, parameter in model.named_parameters():
+        if any(part in parameter_name for part in PROJECTORS):
+            assert parameter.grad.isfinite().all() and (name == BARE or parameter.dtype == torch.float32)
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, parameter_name
+            assert parameter.dtype == getattr(torch, dtype) or "embed_positions" in parameter_name
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_ten_seconds_are_as_many_audio_tokens_as_the_processor_says():
+    assert {s.audio_token_id for s in (TINY, Setting())} == {128, 49152}
+    inputs = bare_inputs(replace(TINY, seconds=10))
+    assert (inputs["input_ids"] == TINY.audio_token_id).sum(1).tolist() == [84, 84]
+    assert (inputs["labels"] != -100).sum(1).tolist() == [5, 5]
+
+
+def test_bare_llm_does_the_same_work_as_sense_from_cache():
+    sense, bare = build_sense_to_train(TINY), BareLLM(TINY)
+    inputs = cached_inputs(TINY)
+    bare.llm.model, bare.llm.lm_head = sense.model.language_model, sense.lm_head
+    bare.audio_embeds.data = sense.model.multi_modal_projector(inputs["pooled_features"]).flatten(0, 1).detach()
+    torch.testing.assert_close(bare(**bare_inputs(TINY)).loss, sense(**inputs).loss)
+
+
+def test_one_listen_and_three_calls_give_the_same_answers_of_full_length():
+    at_once, one_by_one = run("understand", AT_ONCE), run("understand", THREE_CALLS)
+    for task, output in enumerate(one_by_one):
+        for clip, row in enumerate(output):
+            answer = row[-TINY.new_tokens :]
+            assert torch.equal(at_once[clip][task], answer) and len(at_once[clip][task]) == TINY.new_tokens
+
+
+def test_beams_answer_the_same_however_they_are_encoded():
+    setting = replace(TINY, beams=3)
+    ours = run("beams", BEAMS, setting)
+    assert torch.equal(ours, run("beams", PER_BEAM, setting))
+    assert ours.shape == (2, 20 + 9 + TINY.new_tokens)  # prompt, audio, answer
+
+
+def test_the_pipeline_writes_tags_and_rates():
+    written, tags, ratings = run("understand", PIPELINE)
+    assert written.shape == (2, TINY.new_tokens)
+    assert len(tags) == len(ratings) == 2
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def test_systems_take_turns_and_warmups_do_not_count():
+    order = []
+    seconds = measure.interleave({n: lambda n=n: order.append(n) for n in "ab"}, repeats=2, warmups=1)
+    assert "".join(order) == "ababab"
+    assert [len(taken) for taken in seconds.values()] == [2, 2]
+
+
+def test_median_and_quartiles():
+    found = measure.summary([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert found == {"median_s": 3.0, "iqr_s": [2.0, 4.0], "repeats_s": [5.0, 1.0, 2.0, 4.0, 3.0]}
+    assert measure.summary([2.0])["iqr_s"] == [2.0, 2.0]
+
+
+def test_peak_memory_of_a_process_of_its_own():
+    found = measure.peak_memory("train", CACHED, replace(TINY, batch=32, seconds=30), optimizer=True)
+    trained = 2 * 32 + 32 * 32 + 32  # norm and linear layer
+    assert found["optimizer_bytes"] == 2 * 4 * trained
+    assert 2**20 < found["peak_bytes"] < 2**28
+
+
+def test_real_sizes_are_the_default():
+    args = parse(["--device", "cpu"])
+    settings = make_settings(args)
+    assert args.repeats == 7 and args.dtype == "float32"
+    assert (settings["train"].audio, settings["limit"].audio) == ("whisper-small", "whisper-base")
+    assert (settings["beams"].beams, settings["beams"].batch, settings["understand"].new_tokens) == (5, 4, 24)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def fake_results():
+    """Medians 1 and 2 s of SENSE, 4 and 1.5 s of two peers, half a second of the bare LLM."""
+    seconds = {CACHED: [9.0, 1.0, 1.0], ENCODING: [2.0] * 3, "Voxtral": [4.0] * 3, "Granite Speech": [1.5] * 3}
+    seconds[BARE] = [0.5] * 3
+    train = {name: measure.summary(taken) for name, taken in seconds.items()}
+    beams = {BEAMS: measure.summary([1.0]), PER_BEAM: measure.summary([3.0]), "Voxtral": measure.summary([0.5])}
+    understand = {
+        AT_ONCE: measure.summary([2.0]),
+        THREE_CALLS: measure.summary([5.0]),
+        PIPELINE: measure.summary([3.0]),
+    }
+    peaks = {CACHED: 330, ENCODING: 400, "Voxtral": 350, BARE: 290}
+    peaks = {name: {"peak_bytes": size, "optimizer_bytes": 10} for name, size in peaks.items()}
+    sections = {"train": train, "beams": beams, "understand": understand}
+    return {**{n: {"systems": systems} for n, systems in sections.items()}, "memory": {"train": peaks, "limit": peaks}}
+
+
+def test_ratios_are_of_medians():
+    assert compare.ratios(fake_results()) == {
+        "cached_step_vs_bare_llm": 2.0,
+        "train_vs_fastest_peer": 1.5,
+        "beam5_vs_encode_per_beam": 1 / 3,
+        "understand_vs_three_calls": 0.4,
+        "peak_memory_vs_limit": 330 / 300,
+    }
+    assert compare.time_ratios(fake_results())["cached_step_vs_bare_llm"]["iqr"] == [2.0, 10.0]
+
+
+def test_sections_that_were_not_run_give_no_ratio():
+    assert set(compare.ratios({}).values()) == {None}
+
+
+def test_peers_that_win_are_named():
+    assert compare.peer_wins(fake_results()) == [
+        f"train: Granite Speech takes 0.75 of the time of {ENCODING}",
+        f"beams: Voxtral takes 0.50 of the time of {BEAMS}",
+        f"train: Voxtral takes 0.88 of the memory of {ENCODING}",
+    ]
+
+
+def test_one_command_writes_json_page_and_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "peak_memory", lambda *a, **k: {"peak_bytes": 2**20, "optimizer_bytes": 0})
+    main(["--quick", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "latest.json").read_text())
+    assert all(results[name] > 0 for name in compare.MEANING)
+    assert {"machine", "peer_wins", "time_ratios", "train", "beams", "understand", "memory", "growth"} <= set(results)
+    assert all(r["encoder_rows"] == ROWS[s][n] for s in ROWS for n, r in results[s]["systems"].items())
+    for section in ROWS:
+        for result in results[section]["systems"].values():
+            assert {"median_s", "iqr_s", "repeats_s", "clips_per_s"} <= set(result)
+    assert list(results["growth"]["beams"]["points"]) == ["1", "10"]
+    page = (tmp_path / "latest.md").read_text()
+    assert page == report.markdown(results) and page in capsys.readouterr().out
+    assert results["machine"]["cpu"] in page and "## Where a peer wins" in page
+    assert (tmp_path / "latest.png").stat().st_size > 10_000
