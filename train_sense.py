@@ -106,6 +106,7 @@ class SenseArguments:
 
     encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
     encoder_cache_storage: str = field(default="float16", metadata={"help": "float16, or int8: half as large"})
+    cache_only: bool = field(default=False, metadata={"help": "fill the cache, ahead of training, and stop"})
     speeds: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "versions of each training clip kept in the cache"}
     )
@@ -121,6 +122,8 @@ class SenseArguments:
             raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
         if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask):
             raise ValueError("speeds and time_mask work on cached features: set encoder_cache to a folder")
+        if self.encoder_cache is None and self.cache_only:
+            raise ValueError("cache_only fills a cache: set encoder_cache to a folder")
         self.tasks, self.prompts = _mapping("tasks", self.tasks), _mapping("prompts", self.prompts)
         make_tasks(self.prompts, self.tasks)
         for name, weight in self.tasks.items():
@@ -528,6 +531,8 @@ def main(argv: list[str] | None = None) -> dict:
         dev = load_split(args, args.eval_split, args.max_eval_samples)
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
+    if args.cache_only:
+        return {}
     dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)

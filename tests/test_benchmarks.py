@@ -27,7 +27,7 @@ TINY = Setting("tiny", "tiny", batch=2, seconds=1, labels=5, new_tokens=4)
 PROJECTORS = ("multi_modal_projector.", "model.projector.", "projector.", "audio_embeds")
 # Clips that go through the encoder in one run of the command: batches of 8 and of 4, 5 beams.
 ROWS = {
-    "train": {name: {CACHED: 0, BARE: None}.get(name, 8) for name in SYSTEMS["train"]},
+    "train": {name: {CACHED: None, BARE: None}.get(name, 8) for name in SYSTEMS["train"]},
     "beams": {BEAMS: 4, PER_BEAM: 4 * 5, "Voxtral": 4 * 5},
     "understand": {AT_ONCE: 4, THREE_CALLS: 4 * TASKS, PIPELINE: 4},
 }

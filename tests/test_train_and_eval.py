@@ -127,6 +127,7 @@ def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_p
     monkeypatch.setattr(SenseModel, "get_pooled_features", counted)
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
     cache |= {"encoder_cache_storage": "int8"}
+    assert train_sense.main([recipe(cache_only=True, **cache)]) == {} and not (tmp_path / "out").exists()
     train_sense.main([recipe(output_dir=str(tmp_path / "one"), **cache)])
     assert sum(encoded) == 2 * 12  # dev's clips are among train's in this corpus
     ner = {"tasks": {"asr": 1, "ner": 1}, "prompts": {"asr": "Write.", "ner": "Tag."}, "classifier": "ner"}
@@ -177,6 +178,7 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("learning_rte: 1", "unknown field 'learning_rte'; did you mean 'learning_rate'"),
         ("- 1", "must hold `field: value` lines, found list"),
         ("time_mask: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
+        ("cache_only: true\ndataset_dir: x", "cache_only fills a cache: set encoder_cache to a folder"),
         ("audio_tokens: trim", "dataset_dir is missing"),
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),

@@ -166,8 +166,12 @@ print(json.dumps(cache.lengths))
 """
 
 
-def build_elsewhere(tiny_whisper, tiny_llama, corpus, folder, seconds):
-    command = [sys.executable, "-c", BUILD, tiny_whisper, tiny_llama, corpus, str(folder), str(seconds)]
+def build_elsewhere(tiny_whisper, tiny_llama, corpus, folder, seconds, processes=1):
+    script = folder.with_suffix(".py")
+    script.write_text(BUILD)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
+    command += [tiny_whisper, tiny_llama, corpus, str(folder), str(seconds)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -186,6 +190,13 @@ def test_killed_and_started_again(tiny_whisper, tiny_llama, tmp_path):
     again = build_elsewhere(tiny_whisper, tiny_llama, corpus, tmp_path / "broken", 0)
     lengths = json.loads(again.communicate(timeout=120)[0].splitlines()[-1])
     assert len(lengths) == 9 and files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+def test_two_processes_build_the_same(tiny_whisper, tiny_llama, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", train=9)
+    one, two = (build_elsewhere(tiny_whisper, tiny_llama, corpus, tmp_path / str(n), 0, processes=n) for n in (1, 2))
+    assert one.wait(120) == two.wait(120) == 0
+    assert len(files(tmp_path / "1")) == 5 and files(tmp_path / "1") == files(tmp_path / "2")
 
 
 def test_the_encoder_may_be_taken_away(sense, corpus, tmp_path):
