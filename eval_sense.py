@@ -56,11 +56,12 @@ def understand(
     def answer(rows: list[dict]) -> list[tuple[str, ...]]:
         if cache is None:
             inputs = processor.apply_requests([row["audio"] for row in rows], tasks)
+            seconds = (inputs["input_features_mask"].sum(1) / 100).tolist()  # a mel step is 10 ms
         else:
             inputs = BatchFeature(cache.batch([row["cache_index"] for row in rows]))
             lengths = inputs["pooled_features_mask"].sum(1).tolist()
             inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
-        seconds = [row["duration"] or MAX_SECONDS for row in rows]
+            seconds = [n * MAX_SECONDS / processor.num_audio_tokens for n in lengths]
         limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
         answers = model.generate_branches(**inputs.to(model.device), **_answer_settings(num_beams, limits))
         return [tuple(_decode(processor, of_clip)) for of_clip in answers]
