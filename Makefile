@@ -1,6 +1,6 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint and all tests
-# make bench        speed and memory beside peers, into benchmarks/results (an hour or so on two cores)
+# make bench        speed and memory beside peers, into benchmarks/results (35 minutes on two cores)
 # PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv

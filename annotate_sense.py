@@ -37,7 +37,7 @@ from processing.annotation.output import write_dataset
 from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation, SentimentAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
-from processing.datasets import load_corpus
+from processing.datasets import first_rows, load_corpus
 from processing.report import print_table
 from scripts.get_backbones import resolve_backbone
 
@@ -80,7 +80,7 @@ def load_rows(args, split: str):
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
     )
-    return rows.select(range(min(args.max_samples or len(rows), len(rows))))
+    return first_rows(rows, args.max_samples)
 
 
 def room_for_examples(task, annotator) -> int | None:

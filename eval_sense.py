@@ -31,7 +31,7 @@ from transformers import (
 import processing  # noqa: F401  registers the processor
 from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
-from processing.datasets import load_corpus
+from processing.datasets import first_rows, load_corpus
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
@@ -260,9 +260,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(args.model, args.dtype)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
-    dataset = load_rows(args, args.split)
-    if args.max_samples:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    dataset = first_rows(load_rows(args, args.split), args.max_samples)
     check_controls(args, model, tasks)
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 

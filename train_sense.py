@@ -32,7 +32,7 @@ from processing import SenseProcessor
 from processing.annotation.noise import RATES, add_noise, with_annotation
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
-from processing.datasets import load_corpus
+from processing.datasets import first_rows, load_corpus
 from processing.encoder_cache import build_cache
 from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, write_text
@@ -414,8 +414,7 @@ def load_split(args: SenseArguments, split: str, most: int | None):
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
     )
-    if most:
-        dataset = dataset.select(range(min(most, len(dataset))))
+    dataset = first_rows(dataset, most)
     return dataset.add_column("cache_index", list(range(len(dataset))))
 
 

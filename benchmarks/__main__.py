@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from processing.report import write_text
+
 from . import compare, measure, report
 from .setting import Setting
 from .systems import BARE, BEAMS, CACHED, SYSTEMS
@@ -107,8 +109,8 @@ def main(arguments: list[str] | None = None) -> dict:
     results = run(args)
     args.out.mkdir(parents=True, exist_ok=True)
     page = report.markdown(results)
-    (args.out / "latest.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "latest.md").write_text(page)
+    write_text(args.out / "latest.json", json.dumps(results, indent=1) + "\n")
+    write_text(args.out / "latest.md", page)
     if "growth" in results:
         report.plot(results["growth"], args.out / "latest.png")
     print(page)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from processing.report import markdown_table
+
 from .compare import MEANING
 
 
@@ -39,8 +41,7 @@ def markdown(results: dict) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return markdown_table(header, [[str(cell) for cell in row] for row in rows])
 
 
 def ratio_table(results: dict) -> str:

@@ -83,6 +83,11 @@ def load_corpus(
     return _load_with_datasets(dataset, split, columns, config_name, streaming)
 
 
+def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
+    """The first so many rows, all by default."""
+    return rows.select(range(min(number or len(rows), len(rows))))
+
+
 def _read_folder(folder: Path, split: str, columns: dict) -> list[dict] | None:
     """Rows of a split of a metadata.jsonl folder or a LibriSpeech tree; None for a folder of another kind."""
     metadata = {path.parent.name: path for path in sorted(folder.glob("*/metadata.jsonl"))}

@@ -104,10 +104,7 @@ def score_sa(rows: list[dict], answers: list[Answer]) -> dict:
     pairs = [(row["sentiment"], a.sentiment or "") for row, a in zip(rows, answers) if row["sentiment"] is not None]
     references, heard = map(list, zip(*pairs))
     found = load_metric("slue_sentiment").compute(predictions=heard, references=references)
-    columns = (*SENTIMENTS, "")
-    cells = np.zeros((len(pairs), len(SENTIMENTS), len(columns)), dtype=int)
-    for i, (reference, answer) in enumerate(pairs):
-        cells[i, SENTIMENTS.index(reference), columns.index(answer)] = 1
+    cells = sentiment_cells(references, heard)
     return {
         "sa_f1": 100 * found["f1"],
         "sa_f1_interval": bootstrap(cells.reshape(len(pairs), -1), _macro_f1),
@@ -115,6 +112,15 @@ def score_sa(rows: list[dict], answers: list[Answer]) -> dict:
         "sa_malformed_rate": 100 * np.mean([answer == "" for answer in heard]).item(),
         "sa_confusion": cells.sum(0).tolist(),
     }
+
+
+def sentiment_cells(references: list[str], heard: list[str]) -> np.ndarray:
+    """`(utterances, 3, 4)`: 1 where an utterance's true and heard class cross, the last column unreadable (`""`)."""
+    columns = (*SENTIMENTS, "")
+    cells = np.zeros((len(references), len(SENTIMENTS), len(columns)), dtype=int)
+    for i, (reference, answer) in enumerate(zip(references, heard)):
+        cells[i, SENTIMENTS.index(reference), columns.index(answer)] = 1
+    return cells
 
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:

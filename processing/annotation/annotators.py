@@ -1,8 +1,4 @@
-"""
-Who annotates: a server that speaks OpenAI's chat API, a language model on this machine, or spaCy and VADER.
-
-Each has `name`, `context_tokens` (None: no bound), `count(text)` (tokens) and `async ask(request) -> Reply`.
-"""
+"""Who annotates: a server that speaks OpenAI's chat API, a language model on this machine, or spaCy and VADER."""
 
 import asyncio
 import json
@@ -62,7 +58,25 @@ def estimate_tokens(text: str) -> int:
     return math.ceil(len(text) / 3)
 
 
-class EndpointAnnotator:
+class Annotator:
+    """Somebody who answers requests."""
+
+    name: str
+    context_tokens: int | None = None  # that it can read; None: no bound
+    retries = 0  # of requests that failed on the way
+
+    def count(self, text: str) -> int:
+        """Tokens."""
+        return 0
+
+    async def ask(self, request: Request) -> Reply:
+        raise NotImplementedError
+
+    async def close(self):
+        """Ends what is open."""
+
+
+class EndpointAnnotator(Annotator):
     """
     A chat model behind an OpenAI-compatible server, through huggingface_hub's `AsyncInferenceClient`.
 
@@ -103,7 +117,6 @@ class EndpointAnnotator:
         self.count = estimate_tokens if tokenizer is None else lambda text: len(tokenizer.encode(text))
         self.structured = True  # until the server is found not to take a schema
         self.answered = False
-        self.retries = 0
         where = {"base_url": endpoint} if "://" in endpoint else {"provider": endpoint}
         if not token:  # the client would send Hugging Face's token to anybody
             token = None if is_hugging_face(endpoint) else "none"
@@ -132,7 +145,7 @@ class EndpointAnnotator:
         for tried in range(self.max_retries + 1):
             try:
                 return await asyncio.wait_for(self._post(request, structured), self.timeout)
-            except (HTTPError, OSError, TimeoutError, BadReply) as error:
+            except (HTTPError, OSError, BadReply) as error:
                 status, cause = status_of(error), error
             if status == 401 or (status in (403, 404) and not self.answered):
                 raise FatalError(f"{self.name}: {describe(cause)}; check address, model and --token_env") from cause
@@ -213,7 +226,7 @@ def describe(error: BaseException) -> str:
     return printable(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-class LocalAnnotator:
+class LocalAnnotator(Annotator):
     """
     A chat model of transformers on this machine. Requests that wait together are answered as one batch.
 
@@ -278,22 +291,14 @@ class LocalAnnotator:
             replies.append(Reply(self.tokenizer.decode(ids, skip_special_tokens=True), asked, written))
         return replies
 
-    async def close(self):
-        """Nothing is open."""
 
-
-class SpacyAnnotator:
+class SpacyAnnotator(Annotator):
     """spaCy's English model for entities: a stand-in with real accuracy where there is no large language model."""
-
-    context_tokens = None
 
     def __init__(self, tag_set: str):
         self.tagger = SpacyTagger.from_pretrained(combined=tag_set == "combined")
         self.name = self.tagger.name
         self.task = EntityAnnotation(tag_set)
-
-    def count(self, text: str) -> int:
-        return 0
 
     async def ask(self, request: Request) -> Reply:
         """As a language model would write it, and where each phrase begins: it may stand there twice."""
@@ -303,24 +308,13 @@ class SpacyAnnotator:
             item["start"] = start
         return Reply(json.dumps(found, ensure_ascii=False))
 
-    async def close(self):
-        """Nothing is open."""
 
-
-class VaderAnnotator:
+class VaderAnnotator(Annotator):
     """VADER's lexicon for sentiment: spaCy has none."""
-
-    context_tokens = None
 
     def __init__(self):
         self.vader = VaderSentiment()
         self.name = "VADER"
 
-    def count(self, text: str) -> int:
-        return 0
-
     async def ask(self, request: Request) -> Reply:
         return Reply(self.vader.classify([request.text])[0])
-
-    async def close(self):
-        """Nothing is open."""

@@ -88,6 +88,17 @@ def words_of(text: str) -> list[tuple[str, int, int]]:
     return words
 
 
+def plain_words(text: str) -> list[str]:
+    """The words alone."""
+    return [word for word, _, _ in words_of(text)]
+
+
+def find_words(said: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Where a phrase begins in a text, each given by its words; nowhere, if it has none."""
+    length = len(wanted)
+    return [at for at in range(len(said)) if said[at : at + length] == wanted] if length else []
+
+
 def _split_possessive(letters: list[tuple[str, int]]) -> list[tuple[str, int, int]]:
     """The letters between two gaps -> a word, or two where it ends in 's; quotation marks around it fall."""
     word = "".join(sign for sign, _ in letters)
@@ -118,12 +129,12 @@ def place_phrases(text: str, pairs: Sequence[Sequence]) -> tuple[list[tuple[int,
     """
     words = words_of(text)
     said = [word for word, _, _ in words]
-    wanted = [[word for word, _, _ in words_of(phrase)] for _, phrase, *_ in pairs]
+    wanted = [plain_words(phrase) for _, phrase, *_ in pairs]
     holder: dict[int, int] = {}  # a word of the text: the pair that has it
     spots, reasons = [None] * len(pairs), [None] * len(pairs)
     for i in sorted(range(len(pairs)), key=lambda i: (-len(wanted[i]), i)):
         length = len(wanted[i])
-        mentions = [at for at in range(len(words)) if said[at : at + length] == wanted[i]] if length else []
+        mentions = find_words(said, wanted[i])
         free = [at for at in mentions if not holder.keys() & set(range(at, at + length))]
         if free:
             near = pairs[i][2] if len(pairs[i]) > 2 else 0

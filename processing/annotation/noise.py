@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from ..tasks import COMBINED_TAGS, Entity, phrases
-from .filters import filter_entities, place_phrases, words_of
+from .filters import filter_entities, find_words, place_phrases, plain_words, words_of
 
 
 KINDS = ("hallucinated", "meaningless", "spurious")
@@ -56,8 +56,7 @@ class _Inventor:
 
     def __init__(self, rows: Sequence[dict], rng: random.Random):
         self.rng = rng
-        self.texts = [row["text"] for row in rows]
-        self.words = [[word for word, _, _ in words_of(text)] for text in self.texts]
+        self.words = [plain_words(row["text"]) for row in rows]
         self.free = [_free_words(row["text"], row["entities"]) for row in rows]
         self.known = [pair for row in rows for pair in phrases(row["text"], row["entities"])]
 
@@ -74,9 +73,7 @@ class _Inventor:
 
     def hallucinated(self, row: int, kind: str) -> list[str] | None:
         tag, phrase = self.rng.choice(self.known)
-        said, words = self.words[row], [word for word, _, _ in words_of(phrase)]
-        is_said = any(said[at : at + len(words)] == words for at in range(len(said)))
-        return None if is_said else [tag, phrase]
+        return None if find_words(self.words[row], plain_words(phrase)) else [tag, phrase]
 
     def on_free_word(self, row: int, kind: str) -> list[str] | None:
         if not self.free[row]:
@@ -87,8 +84,7 @@ class _Inventor:
 
 def _free_words(text: str, entities: list[Entity]) -> list[str]:
     """Words of the text that are in no entity and stand there once, so that a label on them has one place."""
-    words = [word for word, _, _ in words_of(text)]
-    free = []
+    words, free = plain_words(text), []
     for word, start, end in words_of(text):
         inside = any(first < end and start < first + length for _, first, length in entities)
         if not inside and words.count(word) == 1:

@@ -18,9 +18,9 @@ import numpy as np
 from ..datasets import load_corpus, read_json_lines
 from ..metrics.slue_ner.slue_ner import count_matches
 from ..report import markdown_table, plot_quality, print_table, write_html, write_text
-from ..scoring import bootstrap, ratio, score_sa
+from ..scoring import bootstrap, ratio, score_sa, sentiment_cells
 from ..tasks import SENTIMENTS, TAG_SETS, Answer, phrases
-from .filters import filter_entities, filter_phrases, filter_tags, words_of
+from .filters import filter_entities, filter_phrases, filter_tags, plain_words
 
 
 Pairs = list[list[str]]  # [tag, phrase]
@@ -104,7 +104,7 @@ def filter_by_filter(rows: Sequence[dict], tag_set: str) -> dict[str, list[Pairs
 
 def normal(phrase: str) -> str:
     """The words of a phrase, as the filters compare them."""
-    return " ".join(word for word, _, _ in words_of(phrase))
+    return " ".join(plain_words(phrase))
 
 
 def score_pairs(given: Sequence[Pairs], true: Sequence[Pairs], tags: Sequence[str]) -> dict[str, dict]:
@@ -112,9 +112,8 @@ def score_pairs(given: Sequence[Pairs], true: Sequence[Pairs], tags: Sequence[st
     Precision, recall, F1 and label-F1 (SLUE's: micro over utterances, exact pairs as a multiset, phrases ignored for
     the last), in per cent with 95 % intervals: over all under `all`, and by tag.
     """
-    counts = np.zeros(
-        (len(given), len(tags) + 1, 2, 3), dtype=int
-    )  # utterance, tag, exact or label, (hit, given, true)
+    # By utterance, tag, exact or label: hit, given, true.
+    counts = np.zeros((len(given), len(tags) + 1, 2, 3), dtype=int)
     for i, pair in enumerate(zip(given, true)):
         for kind, found in enumerate(count_matches(*pair)):
             for tag, numbers in found.items():
@@ -157,11 +156,13 @@ def disagree(given: Pairs, true: Pairs) -> tuple[list[tuple[str, str]], Pairs, P
     return tags, [list(pair) for pair in sorted(left.elements())], [list(pair) for pair in sorted(extra.elements())]
 
 
-def confusion(given: Sequence[Pairs], true: Sequence[Pairs], tags: Sequence[str]) -> list[list[int]]:
-    """Numbers of phrases, true tag by row and given tag by column; the last of both is "no entity"."""
+def confusion(differences: Sequence[tuple], tags: Sequence[str]) -> list[list[int]]:
+    """
+    Numbers of phrases of all utterances (what `disagree` says of each), true tag by row and given tag by column; the
+    last of both is "no entity".
+    """
     cells = np.zeros((len(tags) + 1, len(tags) + 1), dtype=int)
-    for pair in zip(given, true):
-        same, missed, extra = disagree(*pair)
+    for same, missed, extra in differences:
         for said, heard in same:
             cells[tags.index(said), tags.index(heard)] += 1
         for tag, _ in missed:
@@ -178,9 +179,9 @@ def compare_entities(gold: list[dict], synthetic: list[dict], tag_set: str) -> d
         raise ValueError(f"the trusted labels have the tag {foreign[0]!r}, not one of {tag_set}: see --entity_tags")
     true = [[[tag, normal(p)] for tag, p in phrases(row["text"], row["entities"])] for row in gold]
     given = filter_by_filter(synthetic, tag_set)
+    differences = [disagree(*pair) for pair in zip(given["both"], true)]
     worst = []
-    for row, pair in zip(gold, zip(given["both"], true)):
-        same, missed, extra = disagree(*pair)
+    for row, (same, missed, extra) in zip(gold, differences):
         wrong = [(said, heard) for said, heard in same if said != heard]
         if missed or extra or wrong:
             worst.append({"id": row["id"], "text": row["text"], "missed": missed, "extra": extra, "tags": wrong})
@@ -188,7 +189,7 @@ def compare_entities(gold: list[dict], synthetic: list[dict], tag_set: str) -> d
     return {
         "filters": {name: score_pairs(kept, true, tags) for name, kept in given.items()},
         "tags": list(tags),
-        "confusion": confusion(given["both"], true, tags),
+        "confusion": confusion(differences, tags),
         "worst": worst,
     }
 
@@ -197,10 +198,7 @@ def compare_sentiment(gold: list[dict], synthetic: list[dict]) -> dict:
     """SLUE's macro F1, accuracy, Cohen's kappa and the confusion; words that are no class count as unreadable."""
     answers = [Answer(sentiment=row["sentiment"]) for row in synthetic]
     scores = score_sa(gold, answers)
-    cells = np.zeros((len(gold), len(SENTIMENTS), len(SENTIMENTS) + 1), dtype=int)
-    for i, (row, answer) in enumerate(zip(gold, answers)):
-        heard = SENTIMENTS.index(answer.sentiment) if answer.sentiment else -1
-        cells[i, SENTIMENTS.index(row["sentiment"]), heard] = 1
+    cells = sentiment_cells([row["sentiment"] for row in gold], [row["sentiment"] or "" for row in synthetic])
     worst = [
         {"id": row["id"], "text": row["text"], "gold": row["sentiment"], "synthetic": other["annotated"]}
         for row, other in zip(gold, synthetic)

@@ -227,14 +227,17 @@ class Run:
         """
         queue = deque(item for item in items if not self.is_done(item))
         with tqdm(total=len(items), initial=len(items) - len(queue), desc="annotating", unit="text") as bar:
+            spent = None
 
             async def work():
+                nonlocal spent
                 while queue and not self.stopped:
                     item = queue.popleft()
                     try:
                         await self._ask(item)
-                    except BudgetSpent:  # for one more beside those on their way: they may leave some over
+                    except BudgetSpent as error:  # for one more beside those on their way: they may leave some over
                         queue.append(item)
+                        spent = error
                         return
                     except (FatalError, NoAnswer) as error:
                         self.stopped = self.stopped or error
@@ -246,16 +249,16 @@ class Run:
                     group.create_task(work())
         if self.stopped:
             raise self.stopped
-        if queue:
-            self.meter.reserve(self._estimate(queue[0], self._messages(queue[0])))  # raises, with what is spent by now
+        if spent and queue:  # the last worker's, when nothing else was on its way
+            raise spent
 
     def _state(self) -> dict:
         """Beside the progress bar."""
         state = {"tokens": f"{self.meter.total:,}"}
         if self.meter.price_in or self.meter.price_out:
             state["cost"] = f"{self.meter.cost:.2f}"
-        if retries := getattr(self.annotator, "retries", 0):
-            state["retries"] = retries
+        if self.annotator.retries:
+            state["retries"] = self.annotator.retries
         if self.failures:
             state["no answer"] = len(self.failures)
         return state

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from modeling_sense import SenseForConditionalGeneration
-from processing import SenseProcessor
 from processing.augmentation import change_speed, mask_time
 from processing.collator import SenseCollator, classifier_label, tag_weights
 from processing.encoder_cache import build_cache
@@ -13,13 +11,6 @@ from tests.conftest import make_corpus, tone
 
 
 TASKS = make_tasks({"asr": "Transcribe the speech.", "ner": "Tag the entities.", "sa": "Which sentiment?"})
-
-
-@pytest.fixture
-def sense(tiny_whisper, tiny_llama):
-    torch.manual_seed(0)
-    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
-    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama)
 
 
 @pytest.fixture

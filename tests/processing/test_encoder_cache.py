@@ -22,13 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def sense(tiny_whisper, tiny_llama):
-    torch.manual_seed(0)
-    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
-    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama)
-
-
-@pytest.fixture
 def corpus():
     return make_corpus(6)
 

@@ -164,7 +164,7 @@ def test_scores_are_those_of_counting_by_hand():
         assert found["precision"] == pytest.approx(100 * hits / predicted)
         assert found["recall"] == pytest.approx(100 * hits / said)
         assert found["f1"] == pytest.approx(200 * hits / (predicted + said))
-    cells = np.array(confusion(given, true, COMBINED_TAGS))
+    cells = np.array(confusion(list(map(disagree, given, true)), COMBINED_TAGS))
     assert cells[:-1].sum() == scores["all"]["true"] and cells[:, :-1].sum() == scores["all"]["given"]
 
 
