@@ -208,18 +208,18 @@ class SenseModel(SensePreTrainedModel):
         return self
 
     @torch.no_grad()
-    def get_pooled_features(
+    def encode(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Encodes and pools: the only place where the encoder runs.
+        The only place where the encoder runs.
 
         Args:
             input_features (`torch.Tensor` of shape `(clips, mel_bins, 3000)`): log-mel, 10 ms a step.
             input_features_mask (`torch.Tensor` of shape `(clips, 3000)`, *optional*): 1 where there is speech.
 
         Returns:
-            the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+            the encoder's frames, 20 ms each, `(clips, 1500, d_model)`, and their mask `(clips, 1500)` or None.
 
         Raises:
             ValueError: the encoder was taken away.
@@ -228,8 +228,19 @@ class SenseModel(SensePreTrainedModel):
             raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
         frames = self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype)).last_hidden_state
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
-        frame_mask = None if input_features_mask is None else input_features_mask[:, ::2]
-        return self.multi_modal_projector.pool(frames, frame_mask)
+        return frames, None if input_features_mask is None else input_features_mask[:, ::2]
+
+    @torch.no_grad()
+    def get_pooled_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """
+        Encodes and pools; arguments and errors as of `encode`.
+
+        Returns:
+            the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+        """
+        return self.multi_modal_projector.pool(*self.encode(input_features, input_features_mask))
 
     @can_return_tuple
     def get_audio_features(
@@ -559,6 +570,38 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         )
         answers = list(output[:, ids.shape[1] :])
         return [answers[i : i + branches] for i in range(0, len(answers), branches)]
+
+    @torch.no_grad()
+    def score_choices(
+        self, prompts: list[list[int]], choices: list[list[int]], pooled_features=None, pooled_features_mask=None
+    ) -> torch.Tensor:
+        """
+        How likely each of a few answers is, where only these can be right.
+
+        Args:
+            prompts: one a clip, its token ids with the placeholders expanded.
+            choices: token ids of the answers, their end included.
+            pooled_features, pooled_features_mask: as in `forward`, one clip a prompt.
+
+        Returns:
+            the log-probability of each choice, `(clips, choices)`.
+        """
+        ids, mask = _pad_left(prompts, 0, self.device)
+        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
+        cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
+        cache.batch_repeat_interleave(len(choices))
+        length = max(map(len, choices))
+        answers = torch.tensor([choice + [0] * (length - len(choice)) for choice in choices], device=self.device)
+        answers = answers.repeat(len(prompts), 1)
+        rows = torch.cat([ids[:, -1:].repeat_interleave(len(choices), 0), answers[:, :-1]], 1)
+        seen = torch.cat([mask.repeat_interleave(len(choices), 0), torch.ones_like(answers[:, :-1])], 1)
+        positions = (seen.cumsum(-1) - 1)[:, -rows.shape[1] :]
+        hidden = self.model(
+            input_ids=rows, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
+        ).last_hidden_state
+        found = self.lm_head(hidden).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+        real = torch.tensor([[i < len(choice) for i in range(length)] for choice in choices], device=self.device)
+        return (found * real.repeat(len(prompts), 1)).sum(-1).view(len(prompts), len(choices))
 
     def understand(
         self, audio, tasks=("asr", "ner", "sa"), *, processor=None, sampling_rate: int | None = None, **kwargs
