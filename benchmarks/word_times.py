@@ -249,6 +249,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Absolute errors in ms, medians over starts and ends, of {number} entities and {words} words in {len(rows)} "
         f"test clips of {args.dataset.rstrip('/').rpartition('/')[2]}."
     )
+    args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "word_times.json", json.dumps(results, indent=2) + "\n")
     write_text(args.out / "word_times.md", page(results))
     print(page(results))
