@@ -223,40 +223,42 @@ class SenseModel(SensePreTrainedModel):
         return self
 
     @torch.no_grad()
-    def encode(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def encode(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[BaseModelOutput, torch.Tensor | None]:
         """
-        The encoder's output, `last_hidden_state` `(clips, frames, d_model)`.
+        The only place where the encoder runs.
 
         Args:
             input_features (`torch.Tensor` of shape `(clips, mel_bins, 3000)`): log-mel, 10 ms a step.
-            kwargs: as for `WhisperEncoder`, such as `output_hidden_states`.
+            input_features_mask (`torch.Tensor` of shape `(clips, 3000)`, *optional*): 1 where there is speech.
+            kwargs: for the encoder, such as `output_hidden_states`.
+
+        Returns:
+            the encoder's output, whose `last_hidden_state` `(clips, 1500, d_model)` holds frames of 20 ms, and their
+            mask `(clips, 1500)` or None.
 
         Raises:
             ValueError: the encoder was taken away.
         """
         if self.audio_tower is None:
             raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
-        return self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype), return_dict=True, **kwargs)
+        features = input_features.to(self.audio_tower.conv1.weight.dtype)
+        encoded = self.audio_tower(features, return_dict=True, **kwargs)
+        # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
+        return encoded, None if input_features_mask is None else input_features_mask[:, ::2]
 
     def get_pooled_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.BoolTensor]:
         """
-        Encodes and pools.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(clips, mel_bins, 3000)`): see `encode`.
-            input_features_mask (`torch.Tensor` of shape `(clips, 3000)`, *optional*): 1 where there is speech.
+        Encodes and pools; arguments and errors as of `encode`.
 
         Returns:
             the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
         """
-        return self._pool(self.encode(input_features).last_hidden_state, input_features_mask)
-
-    def _pool(self, frames: torch.Tensor, input_features_mask: torch.Tensor | None):
-        # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
-        frame_mask = None if input_features_mask is None else input_features_mask[:, ::2]
-        return self.multi_modal_projector.pool(frames, frame_mask)
+        encoded, frame_mask = self.encode(input_features, input_features_mask)
+        return self.multi_modal_projector.pool(encoded.last_hidden_state, frame_mask)
 
     @can_return_tuple
     def get_audio_features(
@@ -277,8 +279,10 @@ class SenseModel(SensePreTrainedModel):
         """
         encoded = BaseModelOutput()
         if pooled_features is None:
-            encoded = self.encode(input_features, **kwargs)
-            pooled_features, pooled_features_mask = self._pool(encoded.last_hidden_state, input_features_mask)
+            encoded, frame_mask = self.encode(input_features, input_features_mask, **kwargs)
+            pooled_features, pooled_features_mask = self.multi_modal_projector.pool(
+                encoded.last_hidden_state, frame_mask
+            )
         if pooled_features_mask is None:
             valid = pooled_features.flatten(0, 1)
         else:
@@ -485,6 +489,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Given a `cache` that has read the clips, it goes on from there.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is not None and input_ids.is_floating_point():
+            raise ValueError(
+                "generate() got audio features and no prompt; make inputs with SenseProcessor.apply_request(), or use "
+                'pipeline("spoken-language-understanding", model=...) in place of "automatic-speech-recognition"'
+            )
         kwargs["input_ids"] = input_ids
         if self._has_read_audio(kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in AUDIO_INPUTS}
@@ -614,6 +623,38 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         )
         answers = list(output[:, ids.shape[1] :])
         return [answers[i : i + branches] for i in range(0, len(answers), branches)]
+
+    @torch.no_grad()
+    def score_choices(
+        self, prompts: list[list[int]], choices: list[list[int]], pooled_features=None, pooled_features_mask=None
+    ) -> torch.Tensor:
+        """
+        How likely each of a few answers is, where only these can be right.
+
+        Args:
+            prompts: one a clip, its token ids with the placeholders expanded.
+            choices: token ids of the answers, their end included.
+            pooled_features, pooled_features_mask: as in `forward`, one clip a prompt.
+
+        Returns:
+            the log-probability of each choice, `(clips, choices)`.
+        """
+        ids, mask = _pad_left(prompts, 0, self.device)
+        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
+        cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
+        cache.batch_repeat_interleave(len(choices))
+        length = max(map(len, choices))
+        answers = torch.tensor([choice + [0] * (length - len(choice)) for choice in choices], device=self.device)
+        answers = answers.repeat(len(prompts), 1)
+        rows = torch.cat([ids[:, -1:].repeat_interleave(len(choices), 0), answers[:, :-1]], 1)
+        seen = torch.cat([mask.repeat_interleave(len(choices), 0), torch.ones_like(answers[:, :-1])], 1)
+        positions = (seen.cumsum(-1) - 1)[:, -rows.shape[1] :]
+        hidden = self.model(
+            input_ids=rows, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
+        ).last_hidden_state
+        found = self.lm_head(hidden).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+        real = torch.tensor([[i < len(choice) for i in range(length)] for choice in choices], device=self.device)
+        return (found * real.repeat(len(prompts), 1)).sum(-1).view(len(prompts), len(choices))
 
     def understand(
         self, audio, tasks=("asr", "ner", "sa"), *, processor=None, sampling_rate: int | None = None, **kwargs

@@ -120,9 +120,9 @@ def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_p
     encoded = []
     encode = SenseModel.encode
 
-    def counted(self, input_features, **kwargs):
+    def counted(self, input_features, *args, **kwargs):
         encoded.append(len(input_features))
-        return encode(self, input_features, **kwargs)
+        return encode(self, input_features, *args, **kwargs)
 
     monkeypatch.setattr(SenseModel, "encode", counted)
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
