@@ -71,7 +71,8 @@ class Hearing:
     def __init__(self, model, processor, row: dict):
         self.model, self.processor, self.words = model, processor, row["text"].split()
         features = processor.audio_features([load_audio(row["audio"])])
-        self.frames, self.mask = model.model.encode(**features)
+        encoded, self.mask = model.model.encode(**features)
+        self.frames = encoded.last_hidden_state
         self.num_frames = int(self.mask.sum())
         self.pooled, self.valid = model.model.multi_modal_projector.pool(self.frames, self.mask)
 
