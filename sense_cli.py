@@ -33,7 +33,9 @@ TAG_COLOURS = {
 SENTIMENT_COLOURS = {"Negative": "red", "Neutral": "bright_black", "Positive": "green"}
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-cli = typer.Typer(help="SENSE: a small LLM that listens.", no_args_is_help=True, pretty_exceptions_enable=False)
+cli = typer.Typer(
+    name="sense", help="SENSE: a small LLM that listens.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 def _name_model(model: str) -> str:
@@ -271,23 +273,23 @@ def _hear(pipe, sources: dict, **how) -> Iterator[tuple[str, dict | Exception]]:
             waiting.remove(name)
     while waiting:
         opened = []
-
-        def recordings():
-            for name in waiting:
-                opened.append(name)
-                yield sources[name]
-
-        results = pipe(recordings(), **how)
+        results = pipe(_opened(waiting, sources, opened), **how)
         try:
-            for name in list(waiting):
-                yield name, next(results)
-                waiting.remove(name)
+            for result in results:
+                yield waiting.pop(0), result
         except (ValueError, OSError) as error:
             # The last one opened breaks off the batch: it goes, and those that were waiting in the batch start again.
             yield opened[-1], error
             waiting.remove(opened[-1])
         except ImportError as error:
             _fail(error)
+
+
+def _opened(names: list[str], sources: dict, opened: list[str]) -> Iterator:
+    """The sources of these recordings; the names of those that were asked for go to `opened`."""
+    for name in tuple(names):
+        opened.append(name)
+        yield sources[name]
 
 
 def _write(results: Iterator, form: str, output: Path | None, many: bool, reference: bool = False):
