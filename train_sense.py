@@ -3,8 +3,9 @@ Trains SENSE: the adapter, and LoRA where the recipe asks for it, on any speech 
 
     accelerate launch train_sense.py recipes/quickstart.yaml [--field value ...]
 
-A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; fields on the
-command line win. A run that was interrupted goes on from its last checkpoint when started again.
+A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; one of `recipes/`
+may go by its name, such as quickstart. Fields on the command line win. A run that was interrupted goes on from its
+last checkpoint when started again.
 """
 
 import dataclasses
