@@ -268,7 +268,10 @@ def understand(pipe: SpokenLanguageUnderstandingPipeline, path: str | None) -> I
             yield progress(result, seconds, begin), highlights(result), sentiment_scores(result), times
         if not result["text"]:
             raise ValueError("No words were heard in this recording.")
-        yield status(f"{clock(seconds, 1)} of audio, understood in {clock(time.monotonic() - begin, 1)}"), *[gr.skip()] * 3
+        yield (
+            status(f"{clock(seconds, 1)} of audio, understood in {clock(time.monotonic() - begin, 1)}"),
+            *[gr.skip()] * 3,
+        )
     except (ValueError, ImportError) as error:  # the user's file, in words for the user
         yield failure(str(error).replace(str(path), Path(path).name)), *nothing
 
@@ -316,7 +319,9 @@ def build_page(
     """
     tasks = pipe.processor.prompts
     with gr.Blocks(title="SENSE", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
-        gr.Markdown(f"# SENSE\nA small LLM that listens: what was said, what was named and when, how it was meant. `{name}`")
+        gr.Markdown(
+            f"# SENSE\nA small LLM that listens: what was said, what was named and when, how it was meant. `{name}`"
+        )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 audio = gr.Audio(
@@ -358,7 +363,9 @@ def main(argv: list[str] | None = None):
         page = build_page(pipe, "/".join(Path(args.model).parts[-2:]), examples)
         fonts = ["system-ui", "sans-serif"]  # the page asks no other server for anything
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-        page.launch(server_port=args.port, max_file_size=MAX_UPLOAD, theme=theme, css=CSS, footer_links=["gradio", "settings"])
+        page.launch(
+            server_port=args.port, max_file_size=MAX_UPLOAD, theme=theme, css=CSS, footer_links=["gradio", "settings"]
+        )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

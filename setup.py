@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+APP = ["gradio>=6.31,<7", "silero-vad>=6.2,<7"]  # the page
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
 
 setup(
@@ -17,7 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"]),
     package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"]},
-    py_modules=["annotate_sense", "train_sense", "eval_sense"],
+    py_modules=["annotate_sense", "app", "train_sense", "eval_sense"],
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
         # with torch 2.11 to 2.14, not with a CPU-only build.
@@ -45,7 +46,16 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "app": APP,
         "controls": CONTROLS,
-        "dev": [*CONTROLS, "transformers[serving]", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
+        "dev": [
+            *APP,
+            *CONTROLS,
+            "transformers[serving]",
+            "hypothesis>=6.100,<7",
+            "playwright>=1.50,<2",
+            "pytest>=8,<10",
+            "ruff>=0.13,<1",
+        ],
     },
 )

@@ -4,6 +4,8 @@ import random
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 import app
 from modeling_sense import SenseForConditionalGeneration
@@ -21,6 +24,7 @@ from processing.collator import SenseCollator
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.synthesis import Espeak, speak
 from processing.tasks import make_tasks
+from scripts.make_space import make_space
 
 
 TEXT, ENTITY = "the user speaks", ["PERSON", 0, 8]
@@ -198,6 +202,22 @@ def test_the_model_comes_from_the_environment_or_is_asked_for(monkeypatch, capsy
     assert "give MODEL, or set SENSE_MODEL" in capsys.readouterr().err
 
 
+def test_a_space_is_complete(tmp_path):
+    make_space(tmp_path / "space", "user/model")
+    settings = yaml.safe_load((tmp_path / "space/README.md").read_text(encoding="utf-8").split("---")[1])
+    assert settings["sdk"] == "gradio" and settings["sdk_version"] == gr.__version__
+    assert settings["models"] == ["user/model"] and len(settings["short_description"]) <= 60  # the Hub's limit
+    needed = (tmp_path / "space/requirements.txt").read_text()
+    assert "transformers>=" in needed and "gradio>=" in needed and "pytest" not in needed
+    # Nothing but its own files is there: -I leaves this repository off the path, its packages are taken from there.
+    code = "import sys; sys.path.insert(0, '.'); import app; print(app.__file__, app.load_checkpoint.__module__)"
+    ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path / "space", capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert str(tmp_path / "space/app.py") in ran.stdout or "./app.py" in ran.stdout
+    with pytest.raises(ValueError, match="exists already"):
+        make_space(tmp_path / "space", "user/model")
+
+
 @pytest.fixture(scope="module")
 def address(checkpoint):
     """Where the page is served, as `python app.py MODEL` does it."""
@@ -238,7 +258,7 @@ def test_an_upload_is_understood_in_the_browser(page, address, clip):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.locator("input[type=file]").set_input_files(clip)
-    page.get_by_role("button", name="Play").wait_for()
+    page.get_by_role("button", name="Play", exact=True).wait_for()
     page.get_by_role("button", name="Understand").press("Enter")
     page.get_by_text("understood in").wait_for()
     marked = page.locator("#transcript .highlighted")
