@@ -50,10 +50,15 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 CSS = """
 .sense-status { min-height: 1.5em; }
-.sense-status progress { width: 100%; accent-color: var(--color-accent); }
-.sense-error { border-left: 4px solid #d33; padding: .5em .8em; background: color-mix(in srgb, #d33 12%, transparent); }
+.sense-status progress { width: 100%; height: 8px; appearance: none; border: none;
+  background: var(--border-color-primary); }
+.sense-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.sense-status progress::-webkit-progress-value { background: var(--color-accent); }
+.sense-status progress::-moz-progress-bar { background: var(--color-accent); }
+.sense-error { border-left: 4px solid #d33; padding: .5em .8em;
+  background: color-mix(in srgb, #d33 12%, transparent); }
 #transcript .token .text { color: var(--body-text-color); }  /* Gradio leaves it black in the dark */
-.sense-scroll { overflow-x: auto; padding-bottom: .4em; }
+.sense-scroll { overflow-x: auto; padding: .4em 0; }
 .sense-wave { position: relative; overflow: hidden; }
 .sense-wave svg { position: absolute; left: 0; width: 100%; height: 90px; fill: var(--body-text-color); opacity: .75; }
 .sense-span { position: absolute; bottom: 22px; top: 0; border-left: 2px solid var(--tag);
@@ -62,7 +67,8 @@ CSS = """
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--body-text-color);
   border-left: 4px solid var(--tag); background: color-mix(in srgb, var(--tag) 30%, var(--block-background-fill)); }
 .sense-tick { position: absolute; bottom: 0; height: 20px; font-size: 11px; padding-left: 3px; white-space: nowrap;
-  border-left: 1px solid var(--body-text-color-subdued); color: var(--body-text-color-subdued); }
+  border-left: 1px solid var(--body-text-color-subdued); color: var(--body-text-color); opacity: .75; }
+#times table, #times tr { border: none !important; }
 #times table { width: 100%; border-collapse: collapse; margin-top: .6em; font-size: 14px; }
 #times th, #times td { text-align: left; padding: .3em .6em; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }
@@ -178,7 +184,7 @@ def draw_times(peaks: np.ndarray, seconds: float, entities: list[dict]) -> str:
         marks.append(f'<div class="sense-tick" style="left:{at / seconds:.3%}">{clock(at)}</div>')
     outline = [f"{i} {1 - peak:.2f}" for i, peak in enumerate(peaks)]
     outline += [f"{i} {1 + peak:.2f}" for i, peak in reversed([*enumerate(peaks)])]
-    return f"""<div class="sense-scroll" tabindex="0" role="group" aria-label="Waveform and entities, scrolls sideways">
+    return f"""<div class="sense-scroll" tabindex="0" role="group" aria-label="Waveform, scrolls sideways">
 <div class="sense-wave" style="min-width:{width}px;height:{top + 116}px" role="img"
  aria-label="Waveform of {seconds:.1f} seconds with {len(entities)} entities"><svg style="top:{top}px"
  viewBox="0 0 {max(len(peaks) - 1, 1)} 2" preserveAspectRatio="none"><path d="M{" L".join(outline)} Z"/></svg>
@@ -329,7 +335,7 @@ def build_page(
                 )
                 with gr.Row():
                     start = gr.Button("Understand", variant="primary", min_width=120, elem_id="start")
-                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                    cancel = gr.Button("Cancel", min_width=80)
                 line = gr.HTML(
                     html_template='<div class="sense-status" role="status">${value}</div>', value="", elem_id="status"
                 )
@@ -349,7 +355,7 @@ def build_page(
         running = [start.click(**how, api_visibility="private")]
         if examples:
             running.append(offered.load_input_event.then(**how, api_visibility="private"))
-        stop.click(lambda: status("Stopped."), None, line, cancels=running, api_visibility="private")
+        cancel.click(lambda: status("Cancelled."), None, line, cancels=running, api_visibility="private")
     return page.queue(max_size=MAX_WAITING)
 
 
