@@ -57,6 +57,7 @@ CSS = """
 .sense-status progress::-moz-progress-bar { background: var(--color-accent); }
 .sense-error { border-left: 4px solid #d33; padding: .5em .8em;
   background: color-mix(in srgb, #d33 12%, transparent); }
+#transcript .textfield { word-break: normal; overflow-wrap: anywhere; }
 #transcript .token .text { color: var(--body-text-color); }  /* Gradio leaves it black in the dark */
 .sense-scroll { overflow-x: auto; padding: .4em 0; }
 .sense-wave { position: relative; overflow: hidden; }

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import gradio
+import setuptools  # noqa: F401  brings distutils where Python has none
 import yaml
-from setuptools.distutils.core import run_setup
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,8 @@ def make_space(folder: Path, model: str):
     )
     about += " entities that were named, and says how it was meant."
     (work / "README.md").write_text(f"---\n{head}---\n\n# SENSE\n\n{about}\n", encoding="utf-8")
+    from distutils.core import run_setup
+
     package = run_setup(str(ROOT / "setup.py"), stop_after="init")
     needed = [*package.install_requires, *package.extras_require["app"]]
     (work / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
