@@ -7,6 +7,13 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 AUDIO_TOKEN_MODES = ("trim", "fixed")
 CLASSIFIER_FIELDS = {"labels", "multi_label", "weights", "channels", "alpha"}
+# Where the Auto classes find the code that `save_pretrained` writes beside the weights (`trust_remote_code=True`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_sense.SenseConfig",
+    "AutoModel": "modeling_sense.SenseModel",
+    "AutoModelForSpeechSeq2Seq": "modeling_sense.SenseForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_sense.SenseForConditionalGeneration",
+}
 
 
 @strict
@@ -87,6 +94,14 @@ class SenseConfig(PreTrainedConfig):
             raise ValueError(f"num_audio_tokens must be within 1 and {frames}, found {self.num_audio_tokens}")
         if self.classifier is not None:
             check_classifier(self.classifier)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`~PreTrainedConfig.save_pretrained`], naming the class of each Auto class that loads this model."""
+        self.auto_map = dict(AUTO_MAP)  # transformers itself names one a class only
+        super().save_pretrained(save_directory, **kwargs)
+
+
+SenseConfig.register_for_auto_class()
 
 
 def check_classifier(classifier: dict):

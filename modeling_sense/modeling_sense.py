@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +27,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, torch_compilable_check
 
 from .configuration_sense import SenseConfig, check_classifier
 
@@ -580,7 +584,12 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             ValueError: a task that the model has no prompt for.
         """
         if processor is None:
-            processor = AutoProcessor.from_pretrained(self.name_or_path)
+            from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)  # its code is trusted already
+            processor = AutoProcessor.from_pretrained(
+                self.name_or_path,
+                revision=getattr(self.config, "_commit_hash", None),
+                trust_remote_code=from_hub or None,
+            )
         inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
@@ -678,7 +687,10 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         """
         if self.config.lora is None:
             raise ValueError("this model has no LoRA to merge")
-        from peft.tuners.lora import LoraLayer
+        try:
+            from peft.tuners.lora import LoraLayer
+        except ImportError as error:
+            raise ImportError("this model has LoRA weights: pip install peft") from error
 
         for name, module in list(self.model.language_model.named_modules()):
             if isinstance(module, LoraLayer):
@@ -765,6 +777,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbones": self.config.backbones, "fingerprint": self.backbone_fingerprint()}
+        about["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
         about |= {field: getattr(self.config, field) for field in ADAPTER_FIELDS}
         if inference:
             about["classifier"] = None
@@ -774,20 +787,66 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         os.replace(weights, folder / ADAPTER_WEIGHTS)
         os.replace(settings, folder / ADAPTER_CONFIG)
 
-    def load_adapter(self, folder: str | os.PathLike):
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        backbones: dict[str, str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        **kwargs,
+    ) -> "SenseForConditionalGeneration":
         """
-        Reads what `save_adapter` wrote into this model, strictly. LoRA and a classifier that are there and not in
-        this model are added to it.
+        Composes the backbones that an adapter was trained on, and loads it, in eval mode.
+
+        Args:
+            folder: what `save_adapter` wrote, a folder or a Hub id.
+            revision: of the adapter on the Hub: branch, tag or commit.
+            token: for the Hub, where the adapter is private.
+            backbones: `{"audio": ..., "text": ...}`, ids or folders to take in place of those that the adapter
+                names: copies of the same weights.
+            dtype: of the backbones; by default (and with `"auto"`) the one that they were trained in.
+            kwargs: as for `from_backbones`, such as `attn_implementation`.
+
+        Raises:
+            ValueError: no adapter there, one from the Hub that names a folder as its backbone, backbones with other
+                weights, or what `load_adapter` refuses.
+        """
+        source, folder = str(folder), fetch_adapter(folder, revision, token)
+        about, backbones = read_adapter_config(folder), backbones or {}
+        sources, revisions = dict(backbones), {}
+        for part in {"audio", "text"} - backbones.keys():
+            try:
+                sources[part], revisions[part] = (about["backbones"][part][key] for key in ("id", "revision"))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{folder / ADAPTER_CONFIG}: it names no {part} backbone; give backbones") from error
+            if not Path(source).is_dir():
+                _require_hub_id(sources[part], f"{source}: {ADAPTER_CONFIG}, {part} backbone")
+        if dtype in (None, "auto"):
+            dtype = about["dtype"]
+        settings = {field: about[field] for field in ("num_audio_tokens", "audio_tokens")}
+        model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings, **kwargs)
+        model.load_adapter(folder)
+        model.config.backbones = about["backbones"]  # not where copies of them lie on this machine
+        model.name_or_path, model.config._commit_hash = str(folder), None  # the processor lies there too
+        return model.eval()
+
+    def load_adapter(self, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None):
+        """
+        Reads what `save_adapter` wrote, in a folder or on the Hub, into this model, strictly. LoRA and a classifier
+        that are there and not in this model are added to it.
+
+        Args:
+            revision: on the Hub: branch, tag or commit.
+            token: for the Hub, where the adapter is private.
 
         Raises:
             ValueError: other backbones or settings, or a tensor that is missing, unexpected or of another shape.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        about = read_adapter_config(folder)
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_WEIGHTS}")
+        folder = fetch_adapter(folder, revision, token)
+        about, state = read_adapter_config(folder), _read_adapter_weights(folder)
         if about["fingerprint"] != self.backbone_fingerprint():
             raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
         if about["lora"] is not None and self.config.lora is None:
@@ -799,7 +858,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{folder}: {field} is {about[field]!r} there, {getattr(self.config, field)!r} in this model"
                 )
-        state, mine = load_file(folder / ADAPTER_WEIGHTS), self.trained_state_dict()
+        mine = self.trained_state_dict()
         missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         shapes = [k for k in state.keys() & mine.keys() if state[k].shape != mine[k].shape]
         if missing or unexpected or shapes:
@@ -821,18 +880,70 @@ def _pad_left(rows: list[list[int]], pad: int, device) -> tuple[torch.LongTensor
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def fetch_adapter(folder: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    The folder of an adapter: `folder` itself where there is one, else the files of that Hub id, fetched.
+
+    Raises:
+        ValueError: neither a folder nor a Hub id that can be read.
+    """
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        # The adapter and the processor beside it; never pickles, nor the weights of a whole model.
+        wanted = [ADAPTER_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(snapshot_download(str(folder), revision=revision, token=token, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"{folder} is no adapter folder, and no Hub id that can be read{at} ({_first_line(error)})"
+        ) from error
+
+
 def read_adapter_config(folder: str | os.PathLike) -> dict:
     """
     What `save_adapter` says of an adapter: backbones, fingerprint and settings.
 
     Raises:
-        ValueError: `folder` is no adapter folder.
+        ValueError: `folder` is no adapter folder, or its settings can't be read.
     """
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}")
-    about = json.loads(path.read_text())
-    return {"classifier": None, **about}  # older folders do not know of classifiers
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if missing := sorted({"backbones", "fingerprint", "lora", "num_audio_tokens", "audio_tokens"} - set(about)):
+        raise ValueError(f"{path}: it lacks {', '.join(missing)}; write it with save_adapter")
+    return {"classifier": None, "dtype": None, **about}  # older folders do not know of these
+
+
+def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder; pickled ones, which can run code, are not read."""
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_WEIGHTS}, and no other format is read")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not readable as safetensors ({error})") from error
+
+
+def _require_hub_id(name: str, where: str):
+    """Raises ValueError for what is a folder: an adapter from elsewhere does not choose files of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{where}: {name!r} is no Hub id; say in backbones what to take") from error
+    if Path(name).exists():
+        raise ValueError(f"{where}: {name!r}, which is a file or folder here too; say in backbones what to take")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def is_trained(name: str) -> bool:
@@ -896,5 +1007,8 @@ def _generation_config(lm: PreTrainedModel, audio_token_id: int) -> GenerationCo
     ours.suppress_tokens = [audio_token_id]
     return ours
 
+
+SenseModel.register_for_auto_class("AutoModel")
+SenseForConditionalGeneration.register_for_auto_class("AutoModelForSpeechSeq2Seq")
 
 __all__ = ["SenseAdapter", "SenseClassifier", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]

@@ -1,16 +1,25 @@
-"""Speech and text -> model inputs, and back. Loads alone: it needs no other file of this package."""
+"""
+Speech and text -> model inputs, and back. Loads from the Hub, where this package is not installed: torchaudio is needed
+for resampling only.
+"""
 
 import io
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchFeature, WhisperFeatureExtractor
 from transformers.processing_utils import ProcessorMixin
+
+
+if TYPE_CHECKING:
+    # What else goes to the Hub. `save_pretrained` copies each file named in such an import, and those that it names;
+    # write them `from .x import y`, one directory for all.
+    from .tasks import Task  # noqa: F401
 
 
 AUDIO_TOKEN = "<|audio|>"
@@ -153,7 +162,13 @@ def _resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
         # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is
         # 441 / 160) and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
         ratio = Fraction(int(rate), target).limit_denominator(640)
-        mono = torchaudio.functional.resample(mono, ratio.numerator, ratio.denominator)
+        try:
+            from torchaudio.functional import resample
+        except ImportError as error:
+            raise ImportError(
+                f"audio at {rate} Hz: pip install torchaudio, which brings it to {target} Hz, or give it at that rate"
+            ) from error
+        mono = resample(mono, ratio.numerator, ratio.denominator)
     return mono[: MAX_SECONDS * target].numpy()
 
 
@@ -427,6 +442,9 @@ class SenseProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]
+
+
+SenseProcessor.register_for_auto_class()
 
 
 def as_clips(audio) -> list:
