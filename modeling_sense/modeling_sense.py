@@ -584,7 +584,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             ValueError: a task that the model has no prompt for.
         """
         if processor is None:
-            from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)  # its code is trusted already
+            # Code that came with the model is trusted already.
+            from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
             processor = AutoProcessor.from_pretrained(
                 self.name_or_path,
                 revision=getattr(self.config, "_commit_hash", None),

@@ -1,6 +1,6 @@
 """
-Speech and text -> model inputs, and back. Loads from the Hub, where this package is not installed: torchaudio is needed
-for resampling only.
+Speech and text -> model inputs, and back. Loads from the Hub where this package is not installed: torchaudio is
+needed for resampling only.
 """
 
 import io
