@@ -1,8 +1,11 @@
 """Configuration of SENSE: a Whisper encoder, a pooling adapter and a Llama-like language model."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 AUDIO_TOKEN_MODES = ("trim", "fixed")
@@ -13,6 +16,13 @@ AUTO_MAP = {
     "AutoModel": "modeling_sense.SenseModel",
     "AutoModelForSpeechSeq2Seq": "modeling_sense.SenseForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_sense.SenseForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "spoken-language-understanding": {
+        "impl": "pipeline_sense.SpokenLanguageUnderstandingPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "type": "audio",
+    }
 }
 
 
@@ -83,6 +93,8 @@ class SenseConfig(PreTrainedConfig):
     backbones: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs.pop("custom_pipelines", None)  # else transformers would not take the installed one
         super().__post_init__(**kwargs)
         # The composite ties what its language model ties.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
@@ -96,9 +108,11 @@ class SenseConfig(PreTrainedConfig):
             check_classifier(self.classifier)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As [`~PreTrainedConfig.save_pretrained`], naming the class of each Auto class that loads this model."""
-        self.auto_map = dict(AUTO_MAP)  # transformers itself names one a class only
-        super().save_pretrained(save_directory, **kwargs)
+        """As [`~PreTrainedConfig.save_pretrained`], naming what the Auto classes and `pipeline` find beside it."""
+        saved = copy.deepcopy(self)
+        saved.audio_config.name_or_path = saved.text_config.name_or_path = ""  # a path here; `backbones` has the ids
+        saved.auto_map, saved.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+        super(SenseConfig, saved).save_pretrained(save_directory, **kwargs)
 
 
 SenseConfig.register_for_auto_class()

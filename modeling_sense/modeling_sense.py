@@ -27,7 +27,12 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, torch_compilable_check
+from transformers.utils import (
+    TRANSFORMERS_DYNAMIC_MODULE_NAME,
+    can_return_tuple,
+    resolve_revision,
+    torch_compilable_check,
+)
 
 from .configuration_sense import SenseConfig, check_classifier
 
@@ -172,12 +177,15 @@ class SensePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What is trained stays in fp32 beside a bf16 backbone: Adam's small steps vanish in bf16.
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "lora_A", "lora_B", "classifier"]
+    loaded_revision: str | None = None  # of the Hub, where the processor lies too
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As [`~PreTrainedModel.from_pretrained`]; the backbones come back frozen, as they were saved."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loaded_revision = kwargs.get("revision")
+        model.freeze_backbones()
         return loaded
 
     def freeze_backbones(self):
@@ -212,18 +220,18 @@ class SenseModel(SensePreTrainedModel):
         return self
 
     @torch.no_grad()
-    def get_pooled_features(
+    def encode(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Encodes and pools: the only place where the encoder runs.
+        The only place where the encoder runs.
 
         Args:
             input_features (`torch.Tensor` of shape `(clips, mel_bins, 3000)`): log-mel, 10 ms a step.
             input_features_mask (`torch.Tensor` of shape `(clips, 3000)`, *optional*): 1 where there is speech.
 
         Returns:
-            the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+            the encoder's frames, 20 ms each, `(clips, 1500, d_model)`, and their mask `(clips, 1500)` or None.
 
         Raises:
             ValueError: the encoder was taken away.
@@ -232,8 +240,19 @@ class SenseModel(SensePreTrainedModel):
             raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
         frames = self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype)).last_hidden_state
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
-        frame_mask = None if input_features_mask is None else input_features_mask[:, ::2]
-        return self.multi_modal_projector.pool(frames, frame_mask)
+        return frames, None if input_features_mask is None else input_features_mask[:, ::2]
+
+    @torch.no_grad()
+    def get_pooled_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """
+        Encodes and pools; arguments and errors as of `encode`.
+
+        Returns:
+            the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
+        """
+        return self.multi_modal_projector.pool(*self.encode(input_features, input_features_mask))
 
     @can_return_tuple
     def get_audio_features(
@@ -564,6 +583,38 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         answers = list(output[:, ids.shape[1] :])
         return [answers[i : i + branches] for i in range(0, len(answers), branches)]
 
+    @torch.no_grad()
+    def score_choices(
+        self, prompts: list[list[int]], choices: list[list[int]], pooled_features=None, pooled_features_mask=None
+    ) -> torch.Tensor:
+        """
+        How likely each of a few answers is, where only these can be right.
+
+        Args:
+            prompts: one a clip, its token ids with the placeholders expanded.
+            choices: token ids of the answers, their end included.
+            pooled_features, pooled_features_mask: as in `forward`, one clip a prompt.
+
+        Returns:
+            the log-probability of each choice, `(clips, choices)`.
+        """
+        ids, mask = _pad_left(prompts, 0, self.device)
+        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
+        cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
+        cache.batch_repeat_interleave(len(choices))
+        length = max(map(len, choices))
+        answers = torch.tensor([choice + [0] * (length - len(choice)) for choice in choices], device=self.device)
+        answers = answers.repeat(len(prompts), 1)
+        rows = torch.cat([ids[:, -1:].repeat_interleave(len(choices), 0), answers[:, :-1]], 1)
+        seen = torch.cat([mask.repeat_interleave(len(choices), 0), torch.ones_like(answers[:, :-1])], 1)
+        positions = (seen.cumsum(-1) - 1)[:, -rows.shape[1] :]
+        hidden = self.model(
+            input_ids=rows, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
+        ).last_hidden_state
+        found = self.lm_head(hidden).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+        real = torch.tensor([[i < len(choice) for i in range(length)] for choice in choices], device=self.device)
+        return (found * real.repeat(len(prompts), 1)).sum(-1).view(len(prompts), len(choices))
+
     def understand(
         self, audio, tasks=("asr", "ner", "sa"), *, processor=None, sampling_rate: int | None = None, **kwargs
     ) -> dict[str, list[str]]:
@@ -587,9 +638,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             # Code that came with the model is trusted already.
             from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
             processor = AutoProcessor.from_pretrained(
-                self.name_or_path,
-                revision=getattr(self.config, "_commit_hash", None),
-                trust_remote_code=from_hub or None,
+                self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub or None
             )
         inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
@@ -631,18 +680,16 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `audio` is not a Whisper model, or `text` not a decoder-only language model.
         """
-        revisions = revisions or {}
+        sources, revisions = {"audio": audio, "text": text}, revisions or {}
+        revisions = {name: _commit_of(source, revisions.get(name)) for name, source in sources.items()}
         shared = {"dtype": dtype or torch.float32}
-        encoder = _load_encoder(audio, revisions.get("audio", "main"), shared)
-        lm, audio_token_id = _load_language_model(text, revisions.get("text", "main"), shared)
+        encoder = _load_encoder(audio, revisions["audio"], shared)
+        lm, audio_token_id = _load_language_model(text, revisions["text"], shared)
         config = SenseConfig(
             audio_config=encoder.config,
             text_config=lm.config,
             audio_token_id=audio_token_id,
-            backbones={
-                name: {"id": str(source), "revision": revisions.get(name) or getattr(part, "_commit_hash", None)}
-                for name, source, part in (("audio", audio, encoder.config), ("text", text, lm.config))
-            },
+            backbones={name: {"id": str(source), "revision": revisions[name]} for name, source in sources.items()},
             **config_kwargs,
         )
         # Built on the meta device, then given the real parts: no second copy of the weights is ever made.
@@ -818,7 +865,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         source, folder = str(folder), fetch_adapter(folder, revision, token)
         about, backbones = read_adapter_config(folder), backbones or {}
         sources, revisions = dict(backbones), {}
-        for part in {"audio", "text"} - backbones.keys():
+        for part in ("audio", "text"):
+            if part in backbones:
+                continue
             try:
                 sources[part], revisions[part] = (about["backbones"][part][key] for key in ("id", "revision"))
             except (KeyError, TypeError) as error:
@@ -831,7 +880,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings, **kwargs)
         model.load_adapter(folder)
         model.config.backbones = about["backbones"]  # not where copies of them lie on this machine
-        model.name_or_path, model.config._commit_hash = str(folder), None  # the processor lies there too
+        model.name_or_path = str(folder)  # the processor lies there too
         return model.eval()
 
     def load_adapter(self, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None):
@@ -965,7 +1014,13 @@ def inject_lora(language_model: nn.Module, lora: dict):
             parameter.data = parameter.data.float()
 
 
-def _load_encoder(audio: str | os.PathLike, revision: str, kwargs: dict) -> WhisperEncoder:
+def _commit_of(source: str | os.PathLike, revision: str | None) -> str | None:
+    """The Hub's commit of a branch or tag, by default of the main branch; of a folder what was given."""
+    found = resolve_revision(source, revision)
+    return getattr(found, "resolved", found)
+
+
+def _load_encoder(audio: str | os.PathLike, revision: str | None, kwargs: dict) -> WhisperEncoder:
     """The encoder of a whole Whisper checkpoint, or of an encoder-only one; no weight may be missing."""
     config = AutoConfig.from_pretrained(audio, revision=revision)
     if config.model_type != "whisper":
@@ -978,7 +1033,7 @@ def _load_encoder(audio: str | os.PathLike, revision: str, kwargs: dict) -> Whis
     return model if encoder_only else model.encoder
 
 
-def _load_language_model(text: str | os.PathLike, revision: str, kwargs: dict):
+def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: dict):
     """The causal language model with a row for the audio placeholder, and the placeholder's id."""
     config = AutoConfig.from_pretrained(text, revision=revision)
     if config.is_encoder_decoder or config.model_type == "whisper":

@@ -50,7 +50,8 @@ def load_checkpoint(
         model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **where)
     else:
         named = read_adapter_config(fetch_adapter(folder, **where))["backbones"] or {}
-        backbones = {part: _resolved(about["id"]) for part, about in named.items() if _resolved(about["id"])}
+        named = {part: _resolved(named[part]["id"]) for part in ("audio", "text") if part in named}
+        backbones = {part: folder for part, folder in named.items() if folder}
         model = SenseForConditionalGeneration.from_adapter(folder, backbones=backbones, dtype=dtype, **where)
     return model.to(PartialState().device).eval(), processor
 

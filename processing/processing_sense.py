@@ -17,9 +17,8 @@ from transformers.processing_utils import ProcessorMixin
 
 
 if TYPE_CHECKING:
-    # What else goes to the Hub. `save_pretrained` copies each file named in such an import, and those that it names;
-    # write them `from .x import y`, one directory for all.
-    from .tasks import Task  # noqa: F401
+    # What else goes to the Hub: `save_pretrained` copies each file that is imported like this, and what that imports.
+    from .pipeline_sense import SpokenLanguageUnderstandingPipeline  # noqa: F401
 
 
 AUDIO_TOKEN = "<|audio|>"
@@ -61,7 +60,8 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     Args:
         audio: a path, an http(s) or file address, a binary file object, the bytes of an audio file, an array or
             tensor of shape `(samples,)`, `(samples, channels)` or `(channels, samples)` (the shorter axis is the
-            channels), or a dict with `array` and `sampling_rate`, or with `bytes` and/or `path`.
+            channels), a dict with `array` (or `raw`) and `sampling_rate`, or with `bytes` and/or `path`, or the
+            `AudioDecoder` of torchcodec, which `datasets` gives.
         sampling_rate: rate of an array in Hz, `target` if not given. Files and dicts name their own.
         target: rate to return, in Hz.
 
@@ -72,30 +72,56 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
         ValueError: missing or unreadable file, no samples, NaN or infinite samples, more than 30 s, a rate or a type
             that cannot be audio.
     """
+    source, rate, name = open_audio(audio, sampling_rate, target)
+    _check_length(len(source) if isinstance(source, np.ndarray) else source.frames, rate, name)
+    samples = source if isinstance(source, np.ndarray) else _read_file(source, name)
+    bad = samples.size - int(np.isfinite(samples).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
+    mono = np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32)
+    return resample(mono, rate, target)[: MAX_SECONDS * target]
+
+
+def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> tuple:
+    """
+    Opens what `load_audio` takes, of any length.
+
+    Returns:
+        an open `soundfile.SoundFile` or an array `(samples, channels)`, its rate in Hz, and its name for messages.
+    """
     if isinstance(audio, dict):
         audio, sampling_rate, name = _open_dict(audio, sampling_rate)
+    elif hasattr(audio, "get_all_samples"):
+        decoded, name = audio.get_all_samples(), "audio (AudioDecoder)"
+        audio, sampling_rate = decoded.data, decoded.sample_rate
     else:
         name = str(audio) if isinstance(audio, (str, Path)) else f"audio ({type(audio).__name__})"
     if isinstance(audio, (str, Path, bytes, bytearray)) or hasattr(audio, "read"):
-        samples, rate = _read_file(audio, name)
+        source = _open_file(audio, name)
+        rate, empty = source.samplerate, source.frames == 0
     else:
-        samples, rate = _as_samples(audio, name), target if sampling_rate is None else sampling_rate
-    _check(samples, rate, name)
-    return _resample(samples, rate, target)
+        source = _as_samples(audio, name)
+        rate, empty = target if sampling_rate is None else sampling_rate, source.size == 0
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
+    if empty:
+        raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
+    return source, rate, name
 
 
 def _open_dict(audio: dict, sampling_rate: int | None) -> tuple:
     """The source in a dict in the manner of `datasets`, its rate, and its name for messages."""
-    if audio.get("array") is not None:
-        return audio["array"], audio.get("sampling_rate", sampling_rate), audio.get("path") or "audio (array)"
+    array = audio.get("raw") if audio.get("array") is None else audio["array"]
+    if array is not None:
+        return array, audio.get("sampling_rate", sampling_rate), audio.get("path") or "audio (array)"
     path, content = audio.get("path"), audio.get("bytes")
     if path is None and content is None:
         raise ValueError(f"audio dict with the keys {sorted(audio)}: give array and sampling_rate, bytes or path")
     return (path if content is None else content), None, str(path or "audio (bytes)")
 
 
-def _read_file(source, name: str) -> tuple[np.ndarray, int]:
-    """Samples of shape (samples, channels) and the rate of a file; too long a file is refused before decoding."""
+def _open_file(source, name: str) -> soundfile.SoundFile:
+    """A path, an address, bytes or a binary file object, opened for reading."""
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://", "file://")):
             with urllib.request.urlopen(source, timeout=60) as response:
@@ -106,15 +132,22 @@ def _read_file(source, name: str) -> tuple[np.ndarray, int]:
                 raise ValueError(f"{name}: no such audio file")
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
-        with soundfile.SoundFile(source) as file:
-            _check_length(file.frames, file.samplerate, name)
-            samples = file.read(dtype="float32", always_2d=True)
-            missing = file.frames - len(samples)
+        return soundfile.SoundFile(source)
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
-    if missing > 0:
+
+
+def _read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
+    """All samples of a file, `(samples, channels)`."""
+    try:
+        with file:
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
+    if len(samples) < file.frames:
+        missing = file.frames - len(samples)
         raise ValueError(f"{name}: corrupt, {missing} of its samples are missing; get the file again")
-    return samples, file.samplerate
+    return samples
 
 
 def _as_samples(audio, name: str) -> np.ndarray:
@@ -136,18 +169,6 @@ def _is_float_tensor(audio) -> bool:
     return isinstance(audio, torch.Tensor) and audio.is_floating_point()
 
 
-def _check(samples: np.ndarray, rate: int, name: str) -> None:
-    """Raises ValueError for what is not a clip of speech."""
-    if not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
-    if samples.size == 0:
-        raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
-    _check_length(len(samples), rate, name)
-    bad = samples.size - int(np.isfinite(samples).sum())
-    if bad:
-        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
-
-
 def _check_length(num_samples: int, rate: int, name: str) -> None:
     if num_samples > MAX_SECONDS * rate:
         raise ValueError(
@@ -155,21 +176,20 @@ def _check_length(num_samples: int, rate: int, name: str) -> None:
         )
 
 
-def _resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """(samples, channels) at `rate` -> (samples,) at `target`."""
-    mono = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32))
-    if rate != target:
-        # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is
-        # 441 / 160) and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
-        ratio = Fraction(int(rate), target).limit_denominator(640)
-        try:
-            from torchaudio.functional import resample
-        except ImportError as error:
-            raise ImportError(
-                f"audio at {rate} Hz: pip install torchaudio, which brings it to {target} Hz, or give it at that rate"
-            ) from error
-        mono = resample(mono, ratio.numerator, ratio.denominator)
-    return mono[: MAX_SECONDS * target].numpy()
+def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Float32 samples of shape `(samples,)`, brought from one rate to another."""
+    if rate == target:
+        return mono
+    # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is 441 / 160)
+    # and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
+    ratio = Fraction(int(rate), target).limit_denominator(640)
+    try:
+        from torchaudio.functional import resample
+    except ImportError as error:
+        raise ImportError(
+            f"audio at {rate} Hz: pip install torchaudio, which brings it to {target} Hz, or give it at that rate"
+        ) from error
+    return resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
 
 
 class SenseProcessor(ProcessorMixin):

@@ -195,7 +195,7 @@ def write_tags(text: str, entities: Iterable[Entity]) -> str:
     return " ".join(" ".join([*pieces, text[at:]]).split())
 
 
-TAG = re.compile(r"<\s*(/?)\s*([A-Za-z_]+)\s*>")
+TAG = re.compile(r"<\s*(/?)\s*([A-Za-z_]+)\s*(?:>|$)")  # the answer may break off within one
 
 
 def read_tags(answer: str) -> Answer:

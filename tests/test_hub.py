@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 import eval_sense
 from modeling_sense import SenseForConditionalGeneration, SenseModel
@@ -28,6 +28,8 @@ from tests.hub_server import HubServer
 
 
 PROMPTS = {"asr": "Transcribe the speech.", "ner": "Tag the speech."}
+CODE = {"configuration_sense.py", "modeling_sense.py", "processing_sense.py"}
+CODE |= {"pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py"}
 HIDDEN = ["modeling_sense", "processing", "scripts", "torchaudio", "peft", "datasets", "accelerate"]
 AWAY = """
 import importlib.util, json, sys
@@ -75,6 +77,8 @@ found["lora"] = error(lambda: load(AutoModelForSpeechSeq2Seq, asked["lora"]))
 sense = get_class_from_dynamic_module("modeling_sense.SenseForConditionalGeneration", asked["adapter"])
 found["adapter"] = answer(sense.from_adapter(asked["adapter"]), asked["adapter"])
 found["tags"] = get_class_from_dynamic_module("tasks.EntityTask", repo)("").parse("<PLACE> a </PLACE>").entities
+pipe = transformers.pipeline("spoken-language-understanding", model=repo, revision="v1", trust_remote_code=True)
+found["pipeline"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
 for name, sample in asked["samples"].items():
     exec(sample.replace("num_beams=5", "num_beams=5, max_new_tokens=8"))
     found[name] = [len(model.generate(**processor.apply_request("clip.wav"), max_new_tokens=1)), type(model).__name__]
@@ -232,8 +236,12 @@ def test_an_adapter_alone_is_enough(away, adapter):
     assert away["adapter"] == adapter["answers"]
 
 
-def test_tasks_travel_with_the_processor(away):
+def test_pipeline_and_tasks_travel_with_the_processor(away, whole, tmp_path):
     assert away["tags"] == [["PLACE", 0, 1]]
+    pipe = pipeline("spoken-language-understanding", model=whole["folder"])  # the package's own, which needs no trust
+    assert type(pipe).__module__ == "processing.pipeline_sense"
+    here = pipe(tone(1.0), return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
+    assert away["pipeline"] == json.loads(json.dumps(here)) and here["text"]
 
 
 def test_the_samples_of_the_cards_run(away):
@@ -264,12 +272,21 @@ def test_saved_folders_name_their_classes(whole):
     processor = json.loads((Path(whole["folder"]) / "processor_config.json").read_text())
     assert processor["auto_map"]["AutoProcessor"] == "processing_sense.SenseProcessor"
     code = {path.name for path in Path(whole["folder"]).glob("*.py")}
-    assert code == {"configuration_sense.py", "modeling_sense.py", "processing_sense.py", "tasks.py"}
+    assert code == CODE
 
 
 def test_what_is_loaded_from_the_hub_and_saved_names_its_own_code(whole, tmp_path):
     AutoModelForSpeechSeq2Seq.from_pretrained(whole["repo"], revision="v1").save_pretrained(tmp_path)
     assert "--" not in json.dumps(json.loads((tmp_path / "config.json").read_text())["auto_map"])
+
+
+def test_understand_takes_the_processor_of_the_revision_that_was_loaded(whole):
+    other = SenseProcessor.from_backbones("tester/whisper", "tester/llama", prompts={"sa": "How was it meant?"})
+    other.push_to_hub(whole["repo"], revision="other")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(whole["repo"], revision="other")
+    assert model.understand(tone(1.0), tasks=("sa",), max_new_tokens=2).keys() == {"sa"}
+    with pytest.raises(ValueError, match="no prompt for task 'asr'"):
+        model.understand(tone(1.0), tasks=("asr",))
 
 
 def test_load_checkpoint_takes_revisions(whole):
@@ -431,7 +448,7 @@ def test_an_exported_adapter_holds_what_it_needs_and_no_classifier(adapter):
     assert {path.name for path in exported.iterdir()} == {
         *(ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", "processor_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-        *("configuration_sense.py", "modeling_sense.py", "processing_sense.py", "tasks.py"),
+        *CODE,
     }
     assert not [name for name in load_file(exported / ADAPTER_WEIGHTS) if "classifier" in name]
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, load_audio
-from processing.warm_start import RidgeRegression, WordAligner, monotonic_alignment, spoken_tokens, warm_start
+from processing.warm_start import RidgeRegression, WordAligner, spoken_tokens, warm_start
 from tests.conftest import make_corpus, tone
 
 
