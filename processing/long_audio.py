@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
+import soundfile
 import torch
 
 from .processing_sense import resample
@@ -143,7 +144,7 @@ def _raw_blocks(source, rate: int, name: str, seconds: float) -> Iterator[np.nda
         if isinstance(source, np.ndarray):
             block = source[position : position + size]
         else:
-            block = source.read(size, dtype="float32", always_2d=True)
+            block = _read(source, size, name)
         if not len(block):
             break
         if bad := block.size - int(np.isfinite(block).sum()):
@@ -152,6 +153,13 @@ def _raw_blocks(source, rate: int, name: str, seconds: float) -> Iterator[np.nda
         position += len(block)
     if position < (len(source) if isinstance(source, np.ndarray) else source.frames):
         raise ValueError(f"{name}: corrupt, it ends after {position / rate:.1f} s; get the file again")
+
+
+def _read(file: soundfile.SoundFile, size: int, name: str) -> np.ndarray:
+    try:
+        return file.read(size, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{name}: not readable as audio to its end ({error}); get the file again") from error
 
 
 def _resampled(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
