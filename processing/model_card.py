@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_sense.modeling_sense import is_trained
 from scripts.get_backbones import BACKBONES
 
+from .pipeline_sense import TASK
 from .processing_sense import MAX_SECONDS
 from .report import comparison, markdown_table, write_text
 from .scoring import HEADLINES
@@ -191,7 +192,7 @@ def make_card(
     sections = {
         "Use": _use(model, processor, repo_id, adapter_only),
         "Intended use": _intended_use(processor, sorted(languages)),
-        "Limits": _limits(model, processor, scores),
+        "Limits": _limits(processor, scores, adapter_only),
         "Training": _training(stages, trained_on, run),
         "Parameters": _parameters(model),
         "Scores": _scores(scores),
@@ -270,7 +271,8 @@ def _lead(model) -> str:
 def _name(backbone: dict | None) -> str:
     if not backbone:
         return "a backbone that was not recorded"
-    return f"{backbone['id']}" + (f" (revision {backbone['revision']})" if backbone.get("revision") else "")
+    name = Path(backbone["id"]).name if Path(backbone["id"]).is_dir() else backbone["id"]
+    return name + (f" (revision {backbone['revision']})" if backbone.get("revision") else "")
 
 
 def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
@@ -295,9 +297,10 @@ def _intended_use(processor, languages: list[str]) -> str:
     return f"What it answers about a clip of speech:\n\n{asked}\n\n{spoken}"
 
 
-def _limits(model, processor, scores: list[dict]) -> str:
+def _limits(processor, scores: list[dict], adapter_only: bool) -> str:
+    longer = "" if adapter_only else f" The pipeline `{TASK}` takes longer recordings (pip install silero-vad)."
     lines = [
-        f"A clip lasts {MAX_SECONDS} s at most.",
+        f"A clip lasts {MAX_SECONDS} s at most.{longer}",
         "Answers are generated: words, entities and sentiments can be made up, most of all in noise, in silence and "
         "in speech unlike that of the training data.",
         "It answers the prompts it was trained with; another instruction costs accuracy.",
@@ -342,8 +345,19 @@ def _stage(stage: dict) -> str:
         f"epochs; trained parameters: {trained}; torch {stage['versions']['torch']}, "
         f"transformers {stage['versions']['transformers']}."
     )
-    rows = [[name, json.dumps(value)] for name, value in stage["recipe"].items() if value is not None]
+    rows = [[name, json.dumps(value)] for name, value in _in_force(stage["recipe"]).items()]
     return f"{lead}\n\n{markdown_table(['setting', 'value'], rows)}"
+
+
+def _in_force(recipe: dict) -> dict:
+    """The settings that made a difference."""
+    unused = {name for name, value in recipe.items() if value is None}
+    if not recipe.get("lora_r"):
+        unused |= {"lora_r", "lora_alpha", "lora_dropout"}
+    if not recipe.get("classifier"):
+        unused.add("classifier_alpha")
+    unused.add("num_train_epochs" if recipe.get("max_steps", -1) > 0 else "max_steps")
+    return {name: value for name, value in recipe.items() if name not in unused}
 
 
 def _parameters(model) -> str:
