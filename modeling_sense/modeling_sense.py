@@ -470,6 +470,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         `num_beams` and `num_return_sequences` are. Returns prompt and answer, as text models do.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is not None and input_ids.is_floating_point():
+            raise ValueError(
+                "generate() got audio features and no prompt; make inputs with SenseProcessor.apply_request(), or use "
+                'pipeline("spoken-language-understanding", model=...) in place of "automatic-speech-recognition"'
+            )
         kwargs["input_ids"] = input_ids
         if kwargs.get("input_features") is not None:
             kwargs["pooled_features"], kwargs["pooled_features_mask"] = self.model.get_pooled_features(

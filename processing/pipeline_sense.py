@@ -17,7 +17,7 @@ from transformers.pipelines.base import ChunkPipeline
 
 from .alignment import word_times
 from .long_audio import RATE, read_blocks, speech_windows
-from .processing_sense import MAX_SECONDS, open_audio
+from .processing_sense import MAX_SECONDS, check_chunk_length, open_audio
 from .tasks import SENTIMENTS, TASKS
 
 
@@ -38,8 +38,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         return_sentiment (`bool`, *optional*): by default where the model was trained for sentiment ("sa").
         return_timestamps (`bool` or `"word"`, *optional*): times in seconds of each window (True) or each word
             (`"word"`) in `chunks`, and of each entity.
-        chunk_length_s (`float`, *optional*): the longest window; longer recordings are cut at pauses. By default, and
-            at most, 30.
+        chunk_length_s (`float`, *optional*): the longest window; longer recordings are cut at pauses. By default that
+            of the longest clip that the model was trained on; at most 30.
         generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`.
         streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
         progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
@@ -79,8 +79,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         streamer=None,
         progress: bool | None = None,
     ) -> tuple[dict, dict, dict]:
-        if chunk_length_s is not None and not 1 <= chunk_length_s <= MAX_SECONDS:
-            raise ValueError(f"chunk_length_s must be within 1 and {MAX_SECONDS} s, found {chunk_length_s}")
+        if chunk_length_s is not None:
+            check_chunk_length(chunk_length_s)
         if return_timestamps not in (None, False, True, "word"):
             raise ValueError(f"return_timestamps must be False, True or 'word', found {return_timestamps!r}")
         reading = {"sampling_rate": sampling_rate, "chunk_length_s": chunk_length_s, "progress": progress}
@@ -134,7 +134,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
             for (recording, _), heard in zip(batch, found):
                 recording.heard.append(heard)
 
-    def preprocess(self, audio, sampling_rate=None, chunk_length_s=MAX_SECONDS, progress=None) -> "Recording":
+    def preprocess(self, audio, sampling_rate=None, chunk_length_s=None, progress=None) -> "Recording":
+        chunk_length_s = chunk_length_s or self.processor.chunk_length_s
         source, rate, name = open_audio(audio, sampling_rate, RATE)
         duration = (len(source) if isinstance(source, np.ndarray) else source.frames) / rate
         windows = speech_windows(read_blocks(source, rate, name), chunk_length_s)

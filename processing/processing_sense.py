@@ -207,9 +207,11 @@ class SenseProcessor(ProcessorMixin):
         audio_tokens: `"trim"` keeps the audio tokens that hold speech, `"fixed"` all of them.
         prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
             speech."}`, saved with it: another one costs accuracy.
+        chunk_length_s: the longest clip that the model was trained on, in seconds. Pipelines cut longer recordings.
 
     Raises:
-        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens` or `audio_tokens` is out of range.
+        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens` or `chunk_length_s` is
+            out of range.
     """
 
     text_kwargs = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -222,6 +224,7 @@ class SenseProcessor(ProcessorMixin):
         num_audio_tokens: int = 250,
         audio_tokens: str = "trim",
         prompts: dict[str, str] | None = None,
+        chunk_length_s: float = MAX_SECONDS,
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
@@ -230,6 +233,8 @@ class SenseProcessor(ProcessorMixin):
             raise ValueError(f"num_audio_tokens {num_audio_tokens}: give a number from 1 to {self.max_frames}")
         if audio_tokens not in ("trim", "fixed"):
             raise ValueError(f"audio_tokens {audio_tokens!r}: give 'trim' or 'fixed'")
+        check_chunk_length(chunk_length_s)
+        self.chunk_length_s = chunk_length_s
         self.num_audio_tokens = num_audio_tokens
         self.audio_tokens = audio_tokens
         self.prompts = dict(prompts or PROMPTS)
@@ -465,6 +470,12 @@ class SenseProcessor(ProcessorMixin):
 
 
 SenseProcessor.register_for_auto_class()
+
+
+def check_chunk_length(seconds: float):
+    """Raises ValueError where it is no length of a clip."""
+    if not 1 <= seconds <= MAX_SECONDS:
+        raise ValueError(f"chunk_length_s must be within 1 and {MAX_SECONDS} s, found {seconds}")
 
 
 def as_clips(audio) -> list:

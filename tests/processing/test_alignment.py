@@ -38,7 +38,7 @@ def every_path(frames, optional):
 def test_the_path_beats_every_other_one(seed):
     scores = np.random.default_rng(seed).standard_normal((5, 7))
     optional = [True, False, True, False, True]
-    best = max((total(scores, spans) for spans in every_path(7, optional)))
+    best = max(total(scores, spans) for spans in every_path(7, optional))
     assert total(scores, monotonic_path(scores, optional)) == pytest.approx(best)
     best = max(total(scores, spans) for spans in every_path(7, [False] * 5))
     found = monotonic_path(scores)

@@ -75,9 +75,7 @@ def test_any_answer_is_read(answer):
             assert all(phrase.strip() == phrase != "" for _, phrase in phrases(read.text, read.entities))
 
 
-@given(
-    st.lists(st.sampled_from(["<PERSON>", "</PERSON>", "<PLACE>", "</PLACE>", "<FOO>", "</FOO>", "<", "a", "b"]))
-)
+@given(st.lists(st.sampled_from(["<PERSON>", "</PERSON>", "<PLACE>", "</PLACE>", "<FOO>", "</FOO>", "<", "a", "b"])))
 def test_any_mess_of_tags_keeps_its_words_and_counts_what_is_dropped(pieces):
     read = read_tags(" ".join(pieces))
     tags = [piece for piece in pieces if piece[0] == "<" and len(piece) > 1]
