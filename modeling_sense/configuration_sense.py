@@ -94,7 +94,8 @@ class SenseConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            kwargs.pop("custom_pipelines", None)  # else transformers would not take the installed one
+            for name in ("auto_map", "custom_pipelines"):  # of the code beside the weights: this is the installed one
+                kwargs.pop(name, None)
         super().__post_init__(**kwargs)
         # The composite ties what its language model ties.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
