@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import processing  # noqa: F401  registers the processor
+from modeling_sense import QUANTIZATIONS, quantization_config
 from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
@@ -247,17 +248,21 @@ def start_processes():
         PartialState(cpu=True)
 
 
-def load_checkpoint(folder: str, dtype: str = "auto"):
-    """Model (eval mode, on the GPU where there is one) and processor of a saved SENSE folder or Hub id."""
+def load_checkpoint(folder: str, dtype: str = "auto", quantize: str | None = None):
+    """
+    Model (eval mode, on the GPU where there is one) and processor of a saved SENSE folder or Hub id; `quantize` its
+    language model to `"int8"` or `"int4"`.
+    """
+    how = {} if quantize is None else {"quantization_config": quantization_config(quantize)}
     processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **how)
     return model.to(PartialState().device).eval(), processor
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_processes()
-    model, processor = load_checkpoint(args.model, args.dtype)
+    model, processor = load_checkpoint(args.model, args.dtype, args.quantize)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
     dataset = first_rows(load_rows(args, args.split), args.max_samples)
@@ -297,6 +302,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the language model in 8 or 4 bits")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=[], help="what to compare with")
     parser.add_argument("--shuffled_control", action="store_true", help="also score with the clips shuffled")
     parser.add_argument("--show", type=int, default=10, help="how many of the worst utterances to print")

@@ -10,6 +10,7 @@ from .modeling_sense import (
     SenseModel,
     SensePreTrainedModel,
 )
+from .quantization_sense import QUANTIZATIONS, quantization_config
 
 
 AutoConfig.register("sense", SenseConfig)
@@ -18,10 +19,12 @@ AutoModelForSpeechSeq2Seq.register(SenseConfig, SenseForConditionalGeneration)
 AutoModelForMultimodalLM.register(SenseConfig, SenseForConditionalGeneration)
 
 __all__ = [
+    "QUANTIZATIONS",
     "SenseAdapter",
     "SenseClassifier",
     "SenseConfig",
     "SenseForConditionalGeneration",
     "SenseModel",
     "SensePreTrainedModel",
+    "quantization_config",
 ]
