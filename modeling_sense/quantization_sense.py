@@ -99,6 +99,7 @@ def quantize_in_place(model: PreTrainedModel, config: QuantizationConfigMixin):
 def settle(model: PreTrainedModel):
     """To be called on every quantised model."""
     model.is_quantized = False  # Trainer refuses what says that it is and is no PEFT model: adapter and LoRA are not
+    model._weight_conversions = None  # of a file that held quantised weights; transformers can't undo them to save
     for module in model.modules():
         if hasattr(module, PACKS) and (module.out_features % 32 or module.in_features % 64):
             setattr(module, PACKS, False)  # bitsandbytes would fail on such a width

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import WhisperModel
 
 import eval_sense
 import train_sense
-from modeling_sense import SenseModel
+from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import report
 from processing.datasets import load_corpus
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
@@ -172,6 +173,50 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         torch.testing.assert_close(weight, straight[name])
 
 
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_training_beside_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
+    out, fields = tmp_path / "out", {"lora_r": 4, "quantize": quantize, "encoder_cache": str(tmp_path / "cache")}
+    train_sense.main([recipe(**fields)])
+    model, _ = eval_sense.load_checkpoint(str(out))
+    trained, whole = model.trained_state_dict(), (out / "model.safetensors").stat().st_size
+    assert model.quantization == quantize and len(trained) == 4 + 2 * 3 * 2
+    (out / "checkpoint-4").rename(tmp_path / "later")
+    train_sense.main([recipe(**fields)])  # goes on from checkpoint-2
+    for name, weight in eval_sense.load_checkpoint(str(out))[0].trained_state_dict().items():
+        torch.testing.assert_close(weight, trained[name])
+    train_sense.main([recipe(lora_r=4, output_dir=str(tmp_path / "full"))])
+    assert (tmp_path / "full" / "model.safetensors").stat().st_size > whole
+    # Stages: from a checkpoint of full weights, from a folder of them, from a quantised folder; not back.
+    for source in (tmp_path / "full" / "checkpoint-4", tmp_path / "full", out):
+        stage = {"init_from": str(source), "max_steps": 1, "output_dir": str(tmp_path / "next"), "save_steps": 1}
+        train_sense.main([recipe(**fields, **stage)])
+        about = json.loads((tmp_path / "next" / "checkpoint-1" / "sense_adapter.json").read_text())
+        assert about["quantization"] == quantize
+        shutil.rmtree(tmp_path / "next")
+    with pytest.raises(ValueError, match=f"holds {quantize} weights, the recipe says None"):
+        train_sense.main([recipe(init_from=str(out), lora_r=4)])
+    with pytest.raises(ValueError, match=f"trained on {quantize} weights, this model's are full"):
+        train_sense.main([recipe(init_from=str(out / "checkpoint-4"), lora_r=4)])
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_scoring_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
+    train_sense.main([recipe(max_steps=1, save_strategy="no")])
+    what = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    assert "wer" in eval_sense.main([*what, "--quantize", quantize])
+    assert eval_sense.load_checkpoint(str(tmp_path / "out"), quantize=quantize)[0].quantization == quantize
+
+
+def test_training_on_a_gguf_file(recipe, tiny_gguf, tiny_llama, tmp_path):
+    fields = {"text_backbone": tiny_gguf, "gguf_file": "tiny.gguf"}
+    train_sense.main([recipe(**fields)])
+    about = json.loads((tmp_path / "out" / "checkpoint-4" / "sense_adapter.json").read_text())
+    assert about["backbones"]["text"] == {"id": tiny_gguf, "revision": None, "gguf_file": "tiny.gguf"}
+    train_sense.main([recipe(**fields, init_from=str(tmp_path / "out"), output_dir=str(tmp_path / "next"))])
+    with pytest.raises(ValueError, match="gguf_file is 'tiny.gguf' there, None in the recipe"):
+        train_sense.main([recipe(text_backbone=tiny_gguf, init_from=str(tmp_path / "out"))])
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -183,6 +228,7 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
+        ("dataset_dir: x\nquantize: int3", "quantize: give int8 or int4, found 'int3'"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
         (
             "dataset_dir: x\nfilter_labels: true",

@@ -2,17 +2,16 @@
 
 import json
 
-import gguf
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForSpeechSeq2Seq, BitsAndBytesConfig
 
 import modeling_sense.quantization_sense as quantization
 from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration, quantization_config
 from processing import SenseProcessor
-from tests.conftest import CHATML, tone
+from tests.conftest import tone
 
 
 def build(whisper, llm, seed=0, lora=True, **how):
@@ -142,14 +141,14 @@ def test_adapter_and_lora_learn_on_quantised_weights(tiny_whisper, tiny_llama, i
 @pytest.mark.parametrize("how", QUANTIZATIONS)
 def test_gradients_are_those_of_the_weights_that_it_holds(tiny_whisper, tiny_llama, inputs, how):
     """Beside a model of floats that has the quantised weights' values: the same gradients reach adapter and LoRA."""
-    model, floats = build(tiny_whisper, tiny_llama, quantize=how), build(tiny_whisper, tiny_llama)
+    model, floats = build(tiny_whisper, tiny_llama, quantize=how).train(), build(tiny_whisper, tiny_llama).train()
     for (_, mine), (_, theirs) in zip(model.named_modules(), floats.named_modules()):
         if isinstance(theirs, nn.Linear) and is_quantized(mine):
             eye = torch.eye(mine.in_features)
             with torch.no_grad():
                 theirs.weight.copy_(mine(eye).T)
     for each in (model, floats):
-        each.train()(**inputs).loss.backward()
+        each(**inputs).loss.backward()
     wanted = dict(floats.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -221,60 +220,6 @@ def test_wrong_names_and_missing_libraries(full, tiny_whisper, tiny_llama, monke
 
 
 # ------------------------------------------------------------------ GGUF
-
-
-def write_gguf(llm: str, path):
-    """A Llama of transformers as a GGUF file, as llama.cpp's converter writes it: q and k with their rows permuted."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llm), AutoTokenizer.from_pretrained(llm)
-    config = model.config
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    words = [tokenizer.convert_ids_to_tokens(i) for i in range(config.vocab_size)]
-    writer.add_token_list(words)
-    special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
-    writer.add_token_types([gguf.TokenType.CONTROL if w in special else gguf.TokenType.NORMAL for w in words])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(CHATML)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        name = names.get_name(name, try_suffixes=(".weight",))
-        for part, number in heads.items():
-            if part in name:
-                halves = tensor.view(number, 2, -1, tensor.shape[1])
-                tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        tensor = tensor.contiguous().numpy()
-        if tensor.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="module")
-def tiny_gguf(tiny_llama, tmp_path_factory) -> str:
-    """Folder with `tiny.gguf` alone: 8 bits, 32 weights a scale."""
-    folder = tmp_path_factory.mktemp("gguf")
-    write_gguf(tiny_llama, folder / "tiny.gguf")
-    return str(folder)
 
 
 def test_a_gguf_file_is_the_model_that_it_was_made_of(full, tiny_whisper, tiny_llama, tiny_gguf, processor, inputs):
