@@ -80,7 +80,7 @@ def paper_config() -> SenseConfig:
 
 
 def measure_form(args: argparse.Namespace, form: str) -> dict:
-    """To be called in a new process: `weights` and `peak`, bytes; `imports`, those before; `seconds`; `score_asr`'s."""
+    """To be called in a new process: `weights` and `peak`, bytes; `imports`, those before; `seconds`; the WER."""
     before = resident_bytes("VmRSS")
     model, processor = load_checkpoint(args.model, *FORMS[form])
     weights = held_bytes(model)

@@ -812,8 +812,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         if self.quantization is not None:
             if "fingerprint" not in (self.config.backbones or {}):
                 raise ValueError(
-                    f"this model was made {self.quantization} while it was loaded, so its backbones can't be told from "
-                    "others: load it without quantization_config, then quantize() it"
+                    f"this model was made {self.quantization} while it was loaded, so its backbones can't be told "
+                    "from others: load it without quantization_config, then quantize() it"
                 )
             return self.config.backbones["fingerprint"]
         if getattr(self, "_fingerprint", None) is None:
@@ -873,8 +873,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
         if about["quantization"] not in (None, self.quantization):
             raise ValueError(
-                f"{folder} was trained on {about['quantization']} weights, this model's are {self.quantization or 'full'}: "
-                f"compose it with quantize={about['quantization']!r}"
+                f"{folder} was trained on {about['quantization']} weights, this model's are "
+                f"{self.quantization or 'full'}: compose it with quantize={about['quantization']!r}"
             )
         if about["lora"] is not None and self.config.lora is None:
             self.add_lora(**about["lora"])

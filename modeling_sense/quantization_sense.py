@@ -117,8 +117,8 @@ def keep_unpacked(language_model: nn.Module):
         if hasattr(module, PACKS):
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    f"{name}: these 4-bit weights were packed for fast answers on the CPU, and can't be trained on any "
-                    "more: load the model again, and call train() before it answers"
+                    f"{name}: these 4-bit weights were packed for fast answers on the CPU, and can't be trained on "
+                    "any more: load the model again, and call train() before it answers"
                 )
             setattr(module, PACKS, False)
 

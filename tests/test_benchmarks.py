@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import compare, measure, report
+from benchmarks import compare, measure, report, small_machines
 from benchmarks.__main__ import main, make_settings, parse
 from benchmarks.setting import TASKS, Setting
 from benchmarks.systems import (
@@ -21,6 +21,9 @@ from benchmarks.systems import (
     THREE_CALLS,
 )
 from benchmarks.training import BareLLM, bare_inputs, build_sense_to_train, cached_inputs
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor
+from tests.conftest import write_corpus
 
 
 TINY = Setting("tiny", "tiny", batch=2, seconds=1, labels=5, new_tokens=4)
@@ -181,3 +184,26 @@ def test_one_command_writes_json_page_and_plot(tmp_path, monkeypatch, capsys):
     assert page == report.markdown(results) and page in capsys.readouterr().out
     assert results["machine"]["cpu"] in page and "## Where a peer wins" in page
     assert (tmp_path / "latest.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------ small machines
+
+
+def test_weights_in_memory_are_those_of_the_arithmetic(tiny_whisper, tiny_llama, tmp_path, capsys):
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama, dtype=torch.bfloat16)
+    model.add_lora(r=4)
+    model.save_pretrained(tmp_path / "sense")
+    SenseProcessor.from_backbones(tiny_whisper, tiny_llama).save_pretrained(tmp_path / "sense")
+    corpus = write_corpus(tmp_path / "corpus", dev=3)
+    command = ["--model", str(tmp_path / "sense"), "--dataset", corpus]
+    found = {}
+    for form in small_machines.FORMS:
+        small_machines.main([*command, "--form", form])
+        found[form] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found[form]["weights"] == small_machines.expected_bytes(model.config, form), form
+        assert found[form]["peak"] > found[form]["imports"] > 0 and found[form]["seconds"] > 0
+    sizes = [row["weights"] for row in found.values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    table = small_machines.tables(found).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:6]] == [f"| {form}" for form in small_machines.FORMS]
+    assert table[2].endswith("| 1.00 |") and table[-4].startswith("| float32 | 4,")  # 1.1 and 0.09 billion weights
