@@ -34,7 +34,6 @@ FORMS = {
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
 }
-# Bytes of a weight in a quantised layer, and of each scale beside them: int8 has one a row, int4 one for 64 weights.
 BYTES = {"float32": 4, "bfloat16": 2}
 MB = 1e6
 
@@ -63,9 +62,9 @@ def expected_bytes(config: SenseConfig, form: str) -> int:
     total = 0
     for name, parameter in model.named_parameters():
         number = parameter.numel()
-        if id(parameter) in quantised:
-            scales = 2 * parameter.shape[0] if quantize == "int8" else 4 * -(-number // 64)
-            total += (number if quantize == "int8" else -(-number // 2)) + scales
+        if id(parameter) in quantised:  # scales are fp32: int8 has one a row, int4 one for 64 weights
+            scales = parameter.shape[0] if quantize == "int8" else -(-number // 64)
+            total += (number if quantize == "int8" else -(-number // 2)) + 4 * scales
         elif "multi_modal_projector" in name or ".lora_" in name:
             total += 4 * number  # what is trained stays in fp32
         else:

@@ -207,14 +207,15 @@ def test_scoring_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
     assert eval_sense.load_checkpoint(str(tmp_path / "out"), quantize=quantize)[0].quantization == quantize
 
 
-def test_training_on_a_gguf_file(recipe, tiny_gguf, tiny_llama, tmp_path):
+def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
     fields = {"text_backbone": tiny_gguf, "gguf_file": "tiny.gguf"}
     train_sense.main([recipe(**fields)])
     about = json.loads((tmp_path / "out" / "checkpoint-4" / "sense_adapter.json").read_text())
     assert about["backbones"]["text"] == {"id": tiny_gguf, "revision": None, "gguf_file": "tiny.gguf"}
     train_sense.main([recipe(**fields, init_from=str(tmp_path / "out"), output_dir=str(tmp_path / "next"))])
-    with pytest.raises(ValueError, match="gguf_file is 'tiny.gguf' there, None in the recipe"):
-        train_sense.main([recipe(text_backbone=tiny_gguf, init_from=str(tmp_path / "out"))])
+    shutil.copy(Path(tiny_gguf) / "tiny.gguf", Path(tiny_gguf) / "copy.gguf")
+    with pytest.raises(ValueError, match="gguf_file is 'tiny.gguf' there, 'copy.gguf' in the recipe"):
+        train_sense.main([recipe(**fields | {"gguf_file": "copy.gguf"}, init_from=str(tmp_path / "out"))])
 
 
 @pytest.mark.parametrize(
