@@ -10,6 +10,7 @@ command line win. A run that was interrupted goes on from its last checkpoint wh
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -488,6 +489,13 @@ def count_audio_tokens(rows, cache, processor) -> list[int]:
     return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
 
 
+def longest_clip(durations: list[float | None]) -> float:
+    """What a model gets used to, in whole seconds, one at least; where a duration is not known, 30."""
+    if None in durations:
+        return MAX_SECONDS
+    return min(MAX_SECONDS, max(1, math.ceil(max(durations))))
+
+
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
     """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
     answers = [task.target(row) or "" for row in labels]
@@ -545,6 +553,7 @@ def main(argv: list[str] | None = None) -> dict:
     dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
+    processor.chunk_length_s = longest_clip(train["duration"])
 
     checkpoint = training.resume_from_checkpoint
     if checkpoint is None and Path(training.output_dir).is_dir():
