@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"]),
-    package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"]},
+    package_data={"processing": ["templates/*"], "processing.metrics": ["*/README.md", "*/requirements.txt"]},
     py_modules=["annotate_sense", "train_sense", "eval_sense"],
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads

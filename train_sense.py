@@ -35,7 +35,7 @@ from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
 from processing.encoder_cache import build_cache
 from processing.processing_sense import MAX_SECONDS
-from processing.report import plot_training, write_text
+from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
@@ -573,7 +573,7 @@ def main(argv: list[str] | None = None) -> dict:
             model.attach_encoder(encoder)
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
-        plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")
+        save_png(plot_training({"": trainer.state.log_history}), Path(training.output_dir) / "training.png")
         write_text(Path(training.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
