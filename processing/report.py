@@ -36,10 +36,15 @@ def plot_training(runs: dict[str, list[dict]]) -> Figure:
     styles = {
         "loss": {"label": "training", "linewidth": 0.7, "alpha": 0.6},
         "eval_true_loss": {"label": "held out, true clips", "linewidth": 2},
-        "eval_shuffled_loss": {"label": "clips shuffled", "linewidth": 2, "linestyle": "--"},
+        "eval_shuffled_loss": {
+            "label": "clips shuffled",
+            "linewidth": 2,
+            "linestyle": "--",
+            "markerfacecolor": "none",
+        },
     }
     figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, errors = figure.subplots(1, 2)
+    losses, errors = figure.subplots(1, 2, sharex=True)
     for i, (name, history) in enumerate(runs.items()):
         for key, style in styles.items():
             label = ": ".join(filter(None, [name, style["label"]]))
@@ -49,9 +54,16 @@ def plot_training(runs: dict[str, list[dict]]) -> Figure:
         errors.plot(*_curve(history, "eval_wer"), marker="o", color=f"C{i}", label=name or "held out")
     losses.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Loss", ylim=(0, None))
     errors.set(xlabel="step", ylabel="WER, %", title="Word error rate, held out, greedy", ylim=(0, None))
-    figure.legend(*losses.get_legend_handles_labels(), ncols=3, fontsize="small", loc="outside lower center")
+    _legend_below(figure, losses, ncols=3)
     errors.legend(fontsize="small")
     return figure
+
+
+def _legend_below(figure: Figure, axes, ncols: int = 1):
+    """One legend for all panels, of what is in one; names in it are no formulas, whatever signs they hold."""
+    handles, labels = axes.get_legend_handles_labels()
+    for text in figure.legend(handles, labels, ncols=ncols, fontsize="small", loc="outside lower center").get_texts():
+        text.set_parse_math(False)
 
 
 def save_png(figure: Figure, path: str | os.PathLike):
@@ -171,7 +183,7 @@ def plot_tags(per_tag: dict[str, dict]) -> Figure:
     _score_bars(axes, [{key: 100 * per_tag[tag][key] for key in SCORES} for tag in tags])
     counts = [f"{tag}\n{per_tag[tag]['support']} said\n{per_tag[tag]['predicted']} heard" for tag in tags]
     axes.set_xticks(range(len(tags)), counts, fontsize="small")
-    figure.legend(*axes.get_legend_handles_labels(), ncols=4, fontsize="small", loc="outside lower center")
+    _legend_below(figure, axes, ncols=4)
     return figure
 
 
@@ -238,8 +250,8 @@ def plot_comparison(systems: dict[str, dict]) -> Figure:
 def _point(axes, metrics: dict, key: str, place: float, *, color: str, label: str | None = None):
     """A metric, and its interval as a line if it has one, at a height."""
     if interval := metrics.get(f"{key}_interval"):
-        axes.plot(interval, [place, place], color=color, linewidth=2)
-    axes.plot(metrics[key], place, "o", color=color, label=label)
+        axes.plot(interval, [place, place], color=color, linewidth=2, clip_on=False)
+    axes.plot(metrics[key], place, "o", color=color, label=label, clip_on=False)
 
 
 def plot_groups(systems: dict[str, list[dict]], label: str) -> Figure:
@@ -265,7 +277,7 @@ def plot_groups(systems: dict[str, list[dict]], label: str) -> Figure:
     axes.set(ylabel=f"{label} (utterances)", xlabel="WER, normalised, %", xlim=(0, None))
     axes.grid(axis="x", alpha=0.3)
     if len(systems) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside lower center")
+        _legend_below(figure, axes)
     return figure
 
 
@@ -293,7 +305,7 @@ def plot_curves(lines: dict[str, dict[float, dict]], xlabel: str) -> Figure:
             axes.errorbar(list(line), values, errors, marker="o", capsize=3, label=name)
         axes.set(title=TITLES[key], xlabel=xlabel, ylabel="%")
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=len(lines), loc="outside lower center")
+    _legend_below(figure, panels[0], ncols=len(lines))
     return figure
 
 
