@@ -70,7 +70,8 @@ def wer_by(rows: list[dict], answers: list[Answer], seconds: list[float]) -> dic
     Returns:
         by what they are grouped by (`duration`, `speaking_rate`, which is the reference's words a second, and
         `speaker`, where the corpus knows one), the groups: `group` (its name), `n` (utterances), `words` (of the
-        references, normalised), `errors`, `wer_normalized`, and `wer_normalized_interval` of groups of `FEWEST` or more.
+        references, normalised), `errors`, `wer_normalized`, and `wer_normalized_interval` where `n` is `FEWEST` or
+        more.
     """
     rates = [len(row["text"].split()) / s for row, s in zip(rows, seconds)]
     keys = {"duration": [_bin(s, DURATIONS, "s") for s in seconds]}
