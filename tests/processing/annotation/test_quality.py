@@ -102,7 +102,8 @@ def test_pages_are_not_broken_by_transcripts(tmp_path):
     gold = write(tmp_path / "gold", [{"text": text, "entities": [["PERSON", 0, 8]]}])
     made = write(tmp_path / "made", [{"text": text, "entities": []}])
     main(["compare", gold, made, "--splits", "test", "--output_dir", str(tmp_path / "report")])
-    assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
     assert "| row-0 | <script>alert(1)</script> a \\| b c |" in (tmp_path / "report" / "report.md").read_text()
 
 
