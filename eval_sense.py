@@ -241,10 +241,9 @@ def utterance_table(
     return sorted(table, key=lambda line: -line.get("wer", 0))
 
 
-def wer_of_groups(rows: list[dict], answers: dict[str, list[Answer]], seconds: list[float]) -> dict:
-    """`wer_by`, of the first task with words, if there is one."""
-    worded = worded_task(answers)
-    return {"wer_by": wer_by(rows, answers[worded], seconds)} if worded else {}
+def wer_of_groups(rows: list[dict], answers: dict[str, list[Answer]], seconds: list[float], task: str | None) -> dict:
+    """`wer_by` of a task's answers, if it was asked: controls that were given the true words have no `asr`."""
+    return {"wer_by": wer_by(rows, answers[task], seconds)} if task in answers else {}
 
 
 def load_rows(args, split: str):
@@ -287,7 +286,7 @@ def main(argv: list[str] | None = None) -> dict:
     parsed = parse_answers(processor.prompts, answers)
     rows = list(dataset.remove_columns("audio"))
     durations = [len(load_audio(row["audio"])) / 16000 for row in dataset]
-    metrics = score(rows, parsed) | wer_of_groups(rows, parsed, durations)
+    metrics = score(rows, parsed) | wer_of_groups(rows, parsed, durations, worded_task(parsed))
     audio_seconds = sum(durations)
     metrics |= {"n_utterances": len(rows), "audio_seconds": audio_seconds, "rtf": seconds / audio_seconds}
     if args.shuffled_control:
@@ -296,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict:
         metrics |= {f"{name}_shuffled": value for name, value in shuffled.items()}
     systems = run_controls(args, model, processor, dataset, tasks, how)
     metrics["controls"] = {
-        name: score(rows, given) | wer_of_groups(rows, given, durations) for name, given in systems.items()
+        name: score(rows, given) | wer_of_groups(rows, given, durations, "asr") for name, given in systems.items()
     }
     if PartialState().is_main_process:
         table, folder = utterance_table(rows, durations, answers, parsed), Path(args.output_dir)

@@ -35,7 +35,7 @@ from .tasks import Answer, Entity
 
 
 MOST_CLIPS = 20  # to hear: each is some 4 kB a second, a third more as text
-GROUPED = {"duration": "Duration", "speaking_rate": "Speaking rate", "speaker": "Speaker"}
+GROUPED = {"duration": "duration", "speaking_rate": "speaking rate", "speaker": "speaker"}
 
 
 def write_evaluation_page(
@@ -157,14 +157,15 @@ def group_sections(metrics: dict) -> list[Section]:
             ]
             for i, group in enumerate(first)
         ]
-        shown = f" The {MOST_GROUPS} worst are drawn." if len(first) > MOST_GROUPS else ""
+        shown = "In parentheses: how many utterances."
+        shown += f" The {MOST_GROUPS} worst are drawn." if len(first) > MOST_GROUPS else ""
         sections.append(
             Section(
-                f"WER by {title.lower()}",
-                shown.strip(),
-                figure=plot_groups(found, title),
-                alt=f"Normalised word error rate by {title.lower()}; the table below has the numbers.",
-                table=([title.lower(), "utterances", "words", *found], rows),
+                f"WER by {title}",
+                shown,
+                figure=plot_groups(found),
+                alt=f"Normalised word error rate by {title}; the table below has the numbers.",
+                table=([title, "utterances", "words", *found], rows),
                 folded=True,
                 wide=False,
             )

@@ -254,14 +254,13 @@ def _point(axes, metrics: dict, key: str, place: float, *, color: str, label: st
     axes.plot(metrics[key], place, "o", color=color, label=label, clip_on=False)
 
 
-def plot_groups(systems: dict[str, list[dict]], label: str) -> Figure:
+def plot_groups(systems: dict[str, list[dict]]) -> Figure:
     """
-    The normalised WER of groups of utterances, of each system that has such; the groups where the first one errs most
-    if they are many.
+    The normalised WER of groups of utterances and their numbers, of each system that has such; the groups where the
+    first one errs most if they are many.
 
     Args:
         systems: by name, the groups as `processing.scoring.wer_by` has them, the same of each.
-        label: what they are grouped by.
     """
     key, first = "wer_normalized", next(iter(systems.values()))
     places = sorted(sorted(range(len(first)), key=lambda i: -first[i][key])[:MOST_GROUPS])
@@ -274,7 +273,7 @@ def plot_groups(systems: dict[str, list[dict]], label: str) -> Figure:
     names = [f"{shorten(first[i]['group'])} ({first[i]['n']})" for i in places]
     axes.set_yticks(range(len(places)), names, parse_math=False)
     axes.set_ylim(len(places) - 0.5, -0.5)
-    axes.set(ylabel=f"{label} (utterances)", xlabel="WER, normalised, %", xlim=(0, None))
+    axes.set(xlabel="WER, normalised, %", xlim=(0, None))
     axes.grid(axis="x", alpha=0.3)
     if len(systems) > 1:
         _legend_below(figure, axes)

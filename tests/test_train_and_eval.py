@@ -339,6 +339,7 @@ def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, c
         (f"clip-{i}", f"speaker-{i % 2}") for i in range(5)
     ]
     assert [group["n"] for group in scored["wer_by"]["speaker"]] == [3, 2]
+    assert not any("wer_by" in found for found in controls.values())  # they were given the words
     page = (out / "report.html").read_text()
     assert "<h1>out on " in page and "greedy" in page and "training" in page and page.count("<audio") == 5
     assert all(f"{scored[name]:.1f} [" in page for name in ("wer", "ner_f1", "sa_f1"))

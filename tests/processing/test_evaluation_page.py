@@ -84,9 +84,11 @@ def evaluate(folder, number=12, **changes):
     answers = {"asr": asr, "ner": ner, "sa": ["Neutral"] * number}
     parsed = eval_sense.parse_answers(dict.fromkeys(answers, "?"), answers)
     words = {"asr": [Answer(text=row["text"]) for row in rows]}
-    metrics = score(rows, parsed) | eval_sense.wer_of_groups(rows, parsed, seconds)
+    metrics = score(rows, parsed) | eval_sense.wer_of_groups(rows, parsed, seconds, "asr")
     metrics |= {"n_utterances": number, "audio_seconds": sum(seconds), "rtf": 0.5}
-    metrics["controls"] = {f"echo {HOSTILE}": score(rows, words) | eval_sense.wer_of_groups(rows, words, seconds)}
+    metrics["controls"] = {
+        f"echo {HOSTILE}": score(rows, words) | eval_sense.wer_of_groups(rows, words, seconds, "asr")
+    }
     table = eval_sense.utterance_table(rows, seconds, answers, parsed)
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_true_loss": 1.0, "eval_wer": 50.0}]
     about = {"model": HOSTILE, "dataset": "corpus", "machine": "one"}
@@ -197,7 +199,7 @@ def test_without_labels_speakers_and_training(tmp_path):
     rows = list(dataset.remove_columns("audio"))
     parsed = {"asr": [Answer(text=row["text"]) for row in rows]}
     seconds = [row["duration"] for row in rows]
-    metrics = score(rows, parsed) | eval_sense.wer_of_groups(rows, parsed, seconds)
+    metrics = score(rows, parsed) | eval_sense.wer_of_groups(rows, parsed, seconds, "asr")
     metrics |= {"n_utterances": 3, "audio_seconds": 3.0, "controls": {}}
     table = eval_sense.utterance_table(rows, seconds, {"asr": [row["text"] for row in rows]}, parsed)
     write_evaluation_page(tmp_path / "report.html", metrics, table, parsed, dataset, {"model": "m", "dataset": "d"})
@@ -215,7 +217,7 @@ def test_black_is_the_pages_colour_of_text_and_ids_are_the_pictures_own():
 
 def test_of_many_groups_the_worst_are_drawn():
     groups = [{"group": f"speaker {i}", "n": 9, "wer_normalized": float(i)} for i in range(50)]
-    labels = [label.get_text() for label in plot_groups({"SENSE": groups}, "Speaker").axes[0].get_yticklabels()]
+    labels = [label.get_text() for label in plot_groups({"SENSE": groups}).axes[0].get_yticklabels()]
     assert labels == [f"speaker {i} (9)" for i in range(20, 50)]
 
 
