@@ -124,9 +124,9 @@ def duration(seconds: float) -> str:
 
 
 def headline_section(metrics: dict) -> Section:
-    systems = systems_of(metrics)
-    scores = []
-    for key in headlines_of({"SENSE": metrics}):
+    systems, scores = systems_of(metrics), []
+    columns = headlines_of({"SENSE": metrics})
+    for key in columns:
         value, _, interval = score_cell(metrics, key).partition(" ")
         scores.append((TITLES[key], value, interval))
     return Section(
@@ -134,7 +134,7 @@ def headline_section(metrics: dict) -> Section:
         "Per cent; in brackets and as lines the 95 % interval (bootstrap over utterances). Of WER less is better, of "
         "F1 more. Normalised: after Whisper's English normaliser.",
         scores=scores,
-        figure=plot_comparison(systems),
+        figure=plot_comparison(systems) if columns else None,  # tasks of one's own have no scores
         alt="Scores of each system with their intervals; the table below has the numbers.",
         table=comparison(systems, TITLES),
     )

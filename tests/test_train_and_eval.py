@@ -420,6 +420,8 @@ def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
     mixed = {"tasks": {"asr": 1, "echo": 0.5}, "prompts": {"asr": "Transcribe.", "echo": "Say it twice."}}
     train_sense.main([recipe(**mixed)])
     asked = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    assert "wer" not in eval_sense.main([*asked, "--tasks", "echo", "--report"])
+    assert "heard (echo)" in (tmp_path / "scored" / "report.html").read_text()
     assert "wer" in eval_sense.main([*asked, "--tasks", "echo", "asr"])
     rows = [json.loads(line) for line in (tmp_path / "scored" / "utterances.jsonl").read_text().splitlines()]
     assert all("echo" in row and "asr" in row for row in rows)
