@@ -25,7 +25,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
-    StoppingCriteria,
     WhisperForConditionalGeneration,
 )
 
@@ -34,6 +33,7 @@ from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
+from processing.pipeline_sense import AnswerLimits
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
@@ -90,20 +90,6 @@ def understand_text(
 
     answers = _over_processes(dataset, answer, batch_size, "reading")
     return dict(zip(tasks, map(list, zip(*answers))))
-
-
-class AnswerLimits(StoppingCriteria):
-    """Ends each row's answer by its own limit, so that an endless one is the same in whatever batch it stands."""
-
-    def __init__(self, limits: list[int]):
-        self.limits = torch.tensor(limits)
-        self.start: int | None = None  # the prompt's length, known after the first token
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        if self.start is None:
-            self.start = input_ids.shape[1] - 1
-        beams = len(input_ids) // len(self.limits)
-        return (input_ids.shape[1] - self.start >= self.limits.repeat_interleave(beams)).to(input_ids.device)
 
 
 def _answer_settings(num_beams: int, limits: list[int]) -> dict:

@@ -3,13 +3,15 @@ Trains SENSE: the adapter, and LoRA where the recipe asks for it, on any speech 
 
     accelerate launch train_sense.py recipes/quickstart.yaml [--field value ...]
 
-A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; fields on the
-command line win. A run that was interrupted goes on from its last checkpoint when started again.
+A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; one of `recipes/`
+may go by its name, such as quickstart. Fields on the command line win. A run that was interrupted goes on from its
+last checkpoint when started again.
 """
 
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -316,7 +318,7 @@ class SenseTrainer(Trainer):
 
 def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     """
-    A recipe's path, then overrides.
+    A recipe's path or name, then overrides.
 
     Raises:
         ValueError: the recipe is missing, no mapping, or has a field that nobody knows.
@@ -324,9 +326,7 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     parser = HfArgumentParser((SenseArguments, TrainingArguments))
     if not argv or argv[0].startswith("-"):
         return parser.parse_args_into_dataclasses(argv)
-    recipe = Path(argv[0])
-    if not recipe.is_file():
-        raise ValueError(f"there is no recipe {recipe}")
+    recipe = find_recipe(argv[0])
     fields = yaml.safe_load(recipe.read_text())
     if not isinstance(fields, dict):
         raise ValueError(f"{recipe} must hold `field: value` lines, found {type(fields).__name__}")
@@ -338,6 +338,16 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     # YAML reads 1e-3 as text: argparse converts text defaults as it would command-line values.
     parser.set_defaults(**fields)
     return parser.parse_args_into_dataclasses(argv[1:])
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe that is named by its path, or one of `recipes/` by its name there, such as quickstart or mini/1_asr."""
+    home = Path(__file__).resolve().parent / "recipes"
+    for recipe in (Path(name), home.parent / name, home / f"{name}.yaml"):
+        if recipe.is_file():
+            return recipe
+    names = sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml"))
+    raise ValueError(f"there is no recipe {name}; name a YAML file, or one of {', '.join(names)}")
 
 
 def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, SenseProcessor]:
@@ -478,6 +488,13 @@ def count_audio_tokens(rows, cache, processor) -> list[int]:
     return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
 
 
+def longest_clip(durations: list[float | None]) -> float:
+    """What a model gets used to, in whole seconds, one at least; where a duration is not known, 30."""
+    if None in durations:
+        return MAX_SECONDS
+    return min(MAX_SECONDS, max(1, math.ceil(max(durations))))
+
+
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
     """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
     answers = [task.target(row) or "" for row in labels]
@@ -535,6 +552,7 @@ def main(argv: list[str] | None = None) -> dict:
     dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
+    processor.chunk_length_s = longest_clip(train["duration"])
 
     checkpoint = training.resume_from_checkpoint
     if checkpoint is None and Path(training.output_dir).is_dir():

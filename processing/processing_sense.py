@@ -52,7 +52,8 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     Args:
         audio: a path, an http(s) or file address, a binary file object, the bytes of an audio file, an array or
             tensor of shape `(samples,)`, `(samples, channels)` or `(channels, samples)` (the shorter axis is the
-            channels), or a dict with `array` and `sampling_rate`, or with `bytes` and/or `path`.
+            channels), a dict with `array` (or `raw`) and `sampling_rate`, or with `bytes` and/or `path`, or the
+            `AudioDecoder` of torchcodec, which `datasets` gives.
         sampling_rate: rate of an array in Hz, `target` if not given. Files and dicts name their own.
         target: rate to return, in Hz.
 
@@ -63,30 +64,56 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
         ValueError: missing or unreadable file, no samples, NaN or infinite samples, more than 30 s, a rate or a type
             that cannot be audio.
     """
+    source, rate, name = open_audio(audio, sampling_rate, target)
+    _check_length(len(source) if isinstance(source, np.ndarray) else source.frames, rate, name)
+    samples = source if isinstance(source, np.ndarray) else _read_file(source, name)
+    bad = samples.size - int(np.isfinite(samples).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
+    mono = np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32)
+    return resample(mono, rate, target)[: MAX_SECONDS * target]
+
+
+def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> tuple:
+    """
+    Opens what `load_audio` takes, of any length.
+
+    Returns:
+        an open `soundfile.SoundFile` or an array `(samples, channels)`, its rate in Hz, and its name for messages.
+    """
     if isinstance(audio, dict):
         audio, sampling_rate, name = _open_dict(audio, sampling_rate)
+    elif hasattr(audio, "get_all_samples"):
+        decoded, name = audio.get_all_samples(), "audio (AudioDecoder)"
+        audio, sampling_rate = decoded.data, decoded.sample_rate
     else:
         name = str(audio) if isinstance(audio, (str, Path)) else f"audio ({type(audio).__name__})"
     if isinstance(audio, (str, Path, bytes, bytearray)) or hasattr(audio, "read"):
-        samples, rate = _read_file(audio, name)
+        source = _open_file(audio, name)
+        rate, empty = source.samplerate, source.frames == 0
     else:
-        samples, rate = _as_samples(audio, name), target if sampling_rate is None else sampling_rate
-    _check(samples, rate, name)
-    return _resample(samples, rate, target)
+        source = _as_samples(audio, name)
+        rate, empty = target if sampling_rate is None else sampling_rate, source.size == 0
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
+    if empty:
+        raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
+    return source, rate, name
 
 
 def _open_dict(audio: dict, sampling_rate: int | None) -> tuple:
     """The source in a dict in the manner of `datasets`, its rate, and its name for messages."""
-    if audio.get("array") is not None:
-        return audio["array"], audio.get("sampling_rate", sampling_rate), audio.get("path") or "audio (array)"
+    array = audio.get("raw") if audio.get("array") is None else audio["array"]
+    if array is not None:
+        return array, audio.get("sampling_rate", sampling_rate), audio.get("path") or "audio (array)"
     path, content = audio.get("path"), audio.get("bytes")
     if path is None and content is None:
         raise ValueError(f"audio dict with the keys {sorted(audio)}: give array and sampling_rate, bytes or path")
     return (path if content is None else content), None, str(path or "audio (bytes)")
 
 
-def _read_file(source, name: str) -> tuple[np.ndarray, int]:
-    """Samples of shape (samples, channels) and the rate of a file; too long a file is refused before decoding."""
+def _open_file(source, name: str) -> soundfile.SoundFile:
+    """A path, an address, bytes or a binary file object, opened for reading."""
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://", "file://")):
             with urllib.request.urlopen(source, timeout=60) as response:
@@ -97,15 +124,22 @@ def _read_file(source, name: str) -> tuple[np.ndarray, int]:
                 raise ValueError(f"{name}: no such audio file")
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
-        with soundfile.SoundFile(source) as file:
-            _check_length(file.frames, file.samplerate, name)
-            samples = file.read(dtype="float32", always_2d=True)
-            missing = file.frames - len(samples)
+        return soundfile.SoundFile(source)
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
-    if missing > 0:
+
+
+def _read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
+    """All samples of a file, `(samples, channels)`."""
+    try:
+        with file:
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
+    if len(samples) < file.frames:
+        missing = file.frames - len(samples)
         raise ValueError(f"{name}: corrupt, {missing} of its samples are missing; get the file again")
-    return samples, file.samplerate
+    return samples
 
 
 def _as_samples(audio, name: str) -> np.ndarray:
@@ -127,18 +161,6 @@ def _is_float_tensor(audio) -> bool:
     return isinstance(audio, torch.Tensor) and audio.is_floating_point()
 
 
-def _check(samples: np.ndarray, rate: int, name: str) -> None:
-    """Raises ValueError for what is not a clip of speech."""
-    if not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
-    if samples.size == 0:
-        raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
-    _check_length(len(samples), rate, name)
-    bad = samples.size - int(np.isfinite(samples).sum())
-    if bad:
-        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
-
-
 def _check_length(num_samples: int, rate: int, name: str) -> None:
     if num_samples > MAX_SECONDS * rate:
         raise ValueError(
@@ -146,15 +168,14 @@ def _check_length(num_samples: int, rate: int, name: str) -> None:
         )
 
 
-def _resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """(samples, channels) at `rate` -> (samples,) at `target`."""
-    mono = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32))
-    if rate != target:
-        # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is
-        # 441 / 160) and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
-        ratio = Fraction(int(rate), target).limit_denominator(640)
-        mono = torchaudio.functional.resample(mono, ratio.numerator, ratio.denominator)
-    return mono[: MAX_SECONDS * target].numpy()
+def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Float32 samples of shape `(samples,)`, brought from one rate to another."""
+    if rate == target:
+        return mono
+    # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is 441 / 160)
+    # and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
+    ratio = Fraction(int(rate), target).limit_denominator(640)
+    return torchaudio.functional.resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
 
 
 class SenseProcessor(ProcessorMixin):
@@ -172,9 +193,11 @@ class SenseProcessor(ProcessorMixin):
         audio_tokens: `"trim"` keeps the audio tokens that hold speech, `"fixed"` all of them.
         prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
             speech."}`, saved with it: another one costs accuracy.
+        chunk_length_s: the longest clip that the model was trained on, in seconds. Pipelines cut longer recordings.
 
     Raises:
-        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens` or `audio_tokens` is out of range.
+        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens` or `chunk_length_s` is
+            out of range.
     """
 
     text_kwargs = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -187,6 +210,7 @@ class SenseProcessor(ProcessorMixin):
         num_audio_tokens: int = 250,
         audio_tokens: str = "trim",
         prompts: dict[str, str] | None = None,
+        chunk_length_s: float = MAX_SECONDS,
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
@@ -195,6 +219,8 @@ class SenseProcessor(ProcessorMixin):
             raise ValueError(f"num_audio_tokens {num_audio_tokens}: give a number from 1 to {self.max_frames}")
         if audio_tokens not in ("trim", "fixed"):
             raise ValueError(f"audio_tokens {audio_tokens!r}: give 'trim' or 'fixed'")
+        check_chunk_length(chunk_length_s)
+        self.chunk_length_s = chunk_length_s
         self.num_audio_tokens = num_audio_tokens
         self.audio_tokens = audio_tokens
         self.prompts = dict(prompts or PROMPTS)
@@ -265,7 +291,7 @@ class SenseProcessor(ProcessorMixin):
             audio: one clip or a list of clips, each as `load_audio` takes it.
             text: one text or a list; together they hold one `<|audio|>` for each clip, in the same order.
             sampling_rate: rate of the clips that are arrays, in Hz; 16000 if not given.
-            kwargs: for the tokenizer, such as `max_length` and `truncation`.
+            kwargs: for the tokenizer, such as `max_length` and `truncation`; `return_tensors` is "pt" by default.
 
         Returns:
             `input_ids` and `attention_mask` of shape `(texts, length)`, left-padded, if there is text;
@@ -275,8 +301,6 @@ class SenseProcessor(ProcessorMixin):
             ValueError: other than one placeholder for each clip; truncation that would cut audio tokens; what
                 `load_audio` refuses.
         """
-        if kwargs.get("return_tensors", "pt") != "pt":
-            raise ValueError(f"return_tensors {kwargs['return_tensors']!r}: SenseProcessor returns 'pt' only")
         clips = None
         if audio is not None:
             rate = self.feature_extractor.sampling_rate
@@ -427,6 +451,12 @@ class SenseProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]
+
+
+def check_chunk_length(seconds: float):
+    """Raises ValueError where it is no length of a clip."""
+    if not 1 <= seconds <= MAX_SECONDS:
+        raise ValueError(f"chunk_length_s must be within 1 and {MAX_SECONDS} s, found {seconds}")
 
 
 def as_clips(audio) -> list:

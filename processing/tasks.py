@@ -196,6 +196,7 @@ def write_tags(text: str, entities: Iterable[Entity]) -> str:
 
 
 TAG = re.compile(r"<\s*(/?)\s*([A-Za-z_]+)\s*>")
+BROKEN_OFF = re.compile(r"<\s*/?\s*([A-Z_]+)\s*$")  # an answer may end within a tag
 
 
 def read_tags(answer: str) -> Answer:
@@ -204,6 +205,8 @@ def read_tags(answer: str) -> Answer:
     and counted, its words stay. `<PERSON> anna </PERSON>` and `<person>anna</person>` read the same.
     """
     words, entities, malformed = [], [], 0
+    if (broken := BROKEN_OFF.search(answer)) and any(tag.startswith(broken[1]) for tag in ALL_TAGS):
+        answer, malformed = answer[: broken.start()], 1
     opened: tuple[str, int] | None = None  # tag and the number of words before it
     at = 0
     for found in TAG.finditer(answer):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
 from transformers.utils import logging
 
+from .alignment import monotonic_path
 from .processing_sense import SenseProcessor, load_audio
 
 
@@ -159,9 +160,9 @@ class WordAligner:
         if len(start) + len(tokens) + 1 > self.whisper.config.max_target_positions or len(tokens) > num_frames:
             return None
         attention = self._attention(frames, start, tokens)[:, :num_frames]
-        token_ends = monotonic_alignment(attention)
+        token_spans = monotonic_path(attention.numpy())
         lasts = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
-        return [token_ends[last] for last in lasts.tolist()]
+        return [token_spans[last][1] for last in lasts.tolist()]
 
     def _start_tokens(self) -> list[int]:
         ids = self.tokenizer.convert_tokens_to_ids
@@ -183,30 +184,4 @@ class WordAligner:
         return attention.mean(0).cpu()
 
 
-def monotonic_alignment(scores: torch.Tensor) -> list[int]:
-    """
-    The best monotonic path through `scores` `(tokens, frames)`: each frame belongs to one token, each token has at
-    least one frame (dynamic programming over frames).
-
-    Returns:
-        each token's first frame after it.
-    """
-    tokens, frames = scores.shape
-    best = torch.full((frames, tokens), -torch.inf)
-    moved = torch.zeros(frames, tokens, dtype=torch.bool)
-    best[0, 0] = scores[0, 0]
-    for frame in range(1, frames):
-        previous = best[frame - 1]
-        arrived = torch.cat([previous.new_full((1,), -torch.inf), previous[:-1]])
-        moved[frame] = arrived > previous
-        best[frame] = torch.maximum(arrived, previous) + scores[:, frame]
-    ends, token = [0] * tokens, tokens - 1
-    ends[token] = frames
-    for frame in range(frames - 1, 0, -1):
-        if moved[frame, token]:
-            token -= 1
-            ends[token] = frame
-    return ends
-
-
-__all__ = ["RidgeRegression", "WordAligner", "monotonic_alignment", "spoken_tokens", "warm_start"]
+__all__ = ["RidgeRegression", "WordAligner", "spoken_tokens", "warm_start"]

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 import spacy
 import torch
 import yaml
@@ -22,7 +20,7 @@ from modeling_sense import SenseModel
 from processing import report
 from processing.datasets import load_corpus
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
-from scripts import ablation, transcribe
+from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
 
 
@@ -98,18 +96,6 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
     assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
 
 
-def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, tmp_path, capsys):
-    train_sense.main([recipe(), "--max_steps", "1"])
-    alone = tmp_path / "alone.wav"
-    soundfile.write(alone, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    line = json.loads((Path(corpus) / "test" / "metadata.jsonl").read_text().splitlines()[0])
-    clip = Path(corpus) / "test" / line["file_name"]
-    answers = transcribe.main([str(tmp_path / "out"), str(clip), str(alone), "--num_beams", "2"])
-    printed = capsys.readouterr().out
-    assert f"{clip}\n  said:  {line['text']}\n  heard: {answers[0].strip()}" in printed
-    assert f"{alone}\n  heard: {answers[1].strip()}" in printed
-
-
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strategy):
     train_sense.main([recipe(warm_start=False, train_sampling_strategy=strategy), "--max_steps", "2"])
@@ -118,13 +104,13 @@ def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strat
 
 def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_path, monkeypatch):
     encoded = []
-    get_pooled_features = SenseModel.get_pooled_features
+    encode = SenseModel.encode
 
-    def counted(self, input_features, input_features_mask=None):
+    def counted(self, input_features, *args, **kwargs):
         encoded.append(len(input_features))
-        return get_pooled_features(self, input_features, input_features_mask)
+        return encode(self, input_features, *args, **kwargs)
 
-    monkeypatch.setattr(SenseModel, "get_pooled_features", counted)
+    monkeypatch.setattr(SenseModel, "encode", counted)
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
     cache |= {"encoder_cache_storage": "int8"}
     assert train_sense.main([recipe(cache_only=True, **cache)]) == {} and not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, load_audio
-from processing.warm_start import RidgeRegression, WordAligner, monotonic_alignment, spoken_tokens, warm_start
+from processing.warm_start import RidgeRegression, WordAligner, spoken_tokens, warm_start
 from tests.conftest import make_corpus, tone
 
 
@@ -30,26 +30,6 @@ def test_ridge_regression_of_noise_explains_nothing():
     weight, bias, r2 = regression.solve(1e-3)
     assert abs(r2) < 0.01 and weight.abs().max() < 0.1
     torch.testing.assert_close(bias, torch.full((2,), 7.0, dtype=bias.dtype), atol=0.1, rtol=0)
-
-
-def test_alignment_follows_the_bright_path():
-    ends = [3, 4, 9, 12]
-    scores = torch.zeros(4, 12)
-    for token, (start, end) in enumerate(zip([0, *ends], ends)):
-        scores[token, start:end] = 1
-    assert monotonic_alignment(scores) == ends
-
-
-def test_alignment_gives_every_token_a_frame_and_beats_every_other_path():
-    torch.manual_seed(0)
-    scores = torch.randn(3, 6)
-    ends = monotonic_alignment(scores)
-
-    def total(first, second):
-        return scores[0, :first].sum() + scores[1, first:second].sum() + scores[2, second:].sum()
-
-    best = max(((a, b) for a in range(1, 5) for b in range(a + 1, 6)), key=lambda cut: total(*cut))
-    assert ends == [*best, 6]
 
 
 @pytest.fixture

@@ -1,0 +1,288 @@
+"""
+`pipeline("spoken-language-understanding", model=...)`: recordings of any length -> text, entities, sentiment, times.
+
+Importing this package registers it; a saved model brings this file along as its custom pipeline.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForSpeechSeq2Seq, StoppingCriteria
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import ChunkPipeline
+
+from .alignment import word_times
+from .long_audio import RATE, read_blocks, speech_windows
+from .processing_sense import MAX_SECONDS, check_chunk_length, open_audio
+from .tasks import SENTIMENTS, TASKS
+
+
+TASK = "spoken-language-understanding"
+SECONDS_PER_FRAME = 0.02  # of Whisper's encoder
+
+
+class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
+    """
+    Hears recordings: what was said, which entities were named, how it was meant.
+
+    Args of a call, or of `pipeline(...)` for every call:
+        inputs: one recording or a list, generator or dataset of them, each a path, an address, bytes, a file object,
+            an array, or a dict with `array` (or `raw`) and `sampling_rate`; of any length.
+        batch_size (`int`, *optional*, defaults to 1): windows heard at a time, of one recording or of several.
+        sampling_rate (`int`, *optional*): of arrays, in Hz; 16000 if not given.
+        return_entities (`bool`, *optional*): by default where the model was trained to tag entities ("ner").
+        return_sentiment (`bool`, *optional*): by default where the model was trained for sentiment ("sa").
+        return_timestamps (`bool` or `"word"`, *optional*): times in seconds of each window (True) or each word
+            (`"word"`) in `chunks`, and of each entity.
+        chunk_length_s (`float`, *optional*): the longest window; longer recordings are cut at pauses. By default that
+            of the longest clip that the model was trained on; at most 30.
+        generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`.
+        streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
+        progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
+
+    Returns:
+        a dict for each recording, with
+        `text`, and `duration` in seconds;
+        `entities`, each `{"entity": tag, "word": phrase, "start": first character, "end": the one after it}` and
+        with times `"timestamp": (start, end)`;
+        `sentiment`: `{"label", "score", "scores": {class: probability}}`, of windows weighted by their length; None
+        where nobody spoke;
+        `chunks`, each `{"text", "timestamp": (start, end)}`, if times were asked for.
+
+    Raises:
+        ValueError: a recording that is no readable audio, a question that the model was not trained for, or an option
+            out of range.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_feature_extractor = _load_image_processor = _load_video_processor = False
+    _pipeline_calls_generate = False  # its settings come in generate_kwargs
+
+    def __init__(self, model, processor=None, **kwargs):
+        super().__init__(model=model, processor=processor, **kwargs)
+        if self.processor is None:
+            raise ValueError(f"task {TASK} needs the model's SenseProcessor: give processor=...")
+        self.model.eval()
+
+    def _sanitize_parameters(
+        self,
+        sampling_rate: int | None = None,
+        return_entities: bool | None = None,
+        return_sentiment: bool | None = None,
+        return_timestamps: bool | str | None = None,
+        chunk_length_s: float | None = None,
+        generate_kwargs: dict | None = None,
+        streamer=None,
+        progress: bool | None = None,
+    ) -> tuple[dict, dict, dict]:
+        if chunk_length_s is not None:
+            check_chunk_length(chunk_length_s)
+        if return_timestamps not in (None, False, True, "word"):
+            raise ValueError(f"return_timestamps must be False, True or 'word', found {return_timestamps!r}")
+        reading = {"sampling_rate": sampling_rate, "chunk_length_s": chunk_length_s, "progress": progress}
+        asking = {"return_entities": return_entities, "return_sentiment": return_sentiment}
+        writing = asking | {"return_timestamps": return_timestamps}
+        hearing = writing | {"generate_kwargs": generate_kwargs, "streamer": streamer}
+        return tuple({k: v for k, v in each.items() if v is not None} for each in (reading, hearing, writing))
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """The results of recordings, in order; their windows are heard in batches, across recordings."""
+        waiting = deque()
+        for recording, batch in self._batches(inputs, batch_size, preprocess_params):
+            if recording is not None:
+                waiting.append(recording)
+            self._hear(batch, forward_params)
+            while waiting and waiting[0].is_whole:
+                yield self.postprocess(waiting.popleft(), **postprocess_params)
+
+    def stream(self, inputs, **kwargs) -> Iterator[dict]:
+        """
+        The result for one recording so far, after each window; the last one is what a call returns. Arguments as of a
+        call, without `batch_size`.
+        """
+        reading, asking, writing = self._sanitize_parameters(**kwargs)
+        recording = self.preprocess(inputs, **self._preprocess_params | reading)
+        for window in recording.windows:
+            self._hear([(recording, window)], self._forward_params | asking)
+            yield self.postprocess(recording, **self._postprocess_params | writing)
+        if not recording.heard:
+            yield self.postprocess(recording, **self._postprocess_params | writing)
+
+    def _batches(self, inputs, batch_size: int, preprocess_params: dict) -> Iterator[tuple]:
+        """Each recording when it is opened, or None; and full batches of `(recording, window)`, or an empty one."""
+        batch = []
+        for audio in inputs:
+            recording = self.preprocess(audio, **preprocess_params)
+            yield recording, []
+            for window in recording.windows:
+                batch.append((recording, window))
+                recording.given += 1
+                if len(batch) == batch_size:
+                    yield None, batch
+                    batch = []
+            recording.is_read = True
+            yield None, []
+        yield None, batch
+
+    def _hear(self, batch: list[tuple], forward_params: dict):
+        if batch:
+            found = self.forward([window for _, window in batch], **forward_params)
+            for (recording, _), heard in zip(batch, found):
+                recording.heard.append(heard)
+
+    def preprocess(self, audio, sampling_rate=None, chunk_length_s=None, progress=None) -> "Recording":
+        chunk_length_s = chunk_length_s or self.processor.chunk_length_s
+        source, rate, name = open_audio(audio, sampling_rate, RATE)
+        duration = (len(source) if isinstance(source, np.ndarray) else source.frames) / rate
+        windows = speech_windows(read_blocks(source, rate, name), chunk_length_s)
+        silent = not progress if progress is not None else None  # None: a bar in terminals only
+        return Recording(duration, _with_bar(windows, duration, True if duration <= chunk_length_s else silent))
+
+    def _forward(
+        self,
+        windows: list[dict],
+        return_entities=None,
+        return_sentiment=None,
+        return_timestamps=False,
+        generate_kwargs=None,
+        streamer=None,
+    ) -> list[dict]:
+        """What is heard in a batch of windows, of each a dict."""
+        features = self.processor.audio_features([window["samples"] for window in windows]).to(self.device)
+        encoded, mask = self.model.model.encode(**features)
+        frames = encoded.last_hidden_state
+        pooled, valid = self.model.model.multi_modal_projector.pool(frames, mask)
+        audio = {"pooled_features": pooled, "pooled_features_mask": valid}
+        lengths = valid.sum(1).tolist()
+        task = "ner" if self._is_asked("ner", return_entities) else "asr"
+        heard = self._ask(task, audio, lengths, (generate_kwargs or {}) | ({"streamer": streamer} if streamer else {}))
+        for found, window in zip(heard, windows):
+            found |= {"start": window["start"], "end": window["start"] + len(window["samples"]) / RATE}
+        if self._is_asked("sa", return_sentiment):
+            for found, scores in zip(heard, self._sentiments(audio, lengths)):
+                found["scores"] = scores
+        if return_timestamps:
+            for i, found in enumerate(heard):
+                speech = self.model.model.multi_modal_projector(frames[i, mask[i].bool()])
+                found["times"] = self._word_times(found, speech)
+        return heard
+
+    def _is_asked(self, task: str, wanted: bool | None) -> bool:
+        """Whether a question is put; by default where the model was trained for it."""
+        return task in self.processor.prompts if wanted is None else wanted
+
+    def _ask(self, task: str, audio: dict, lengths: list[int], generate_kwargs: dict) -> list[dict]:
+        """The words of each clip and, from "ner", its entities."""
+        seconds = [n * MAX_SECONDS / self.processor.num_audio_tokens for n in lengths]
+        limits = [TASKS[task].most_tokens(s) for s in seconds]
+        how = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
+        prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
+        answers = self.model.generate_branches(prompts, **audio, **how | generate_kwargs)
+        texts = self.processor.batch_decode([of_clip[0] for of_clip in answers], skip_special_tokens=True)
+        parsed = [TASKS[task](self.processor.prompts[task]).parse(text) for text in texts]
+        return [{"text": " ".join(answer.text.split()), "entities": answer.entities} for answer in parsed]
+
+    def _sentiments(self, audio: dict, lengths: list[int]) -> list[list[float]]:
+        """The probability of each class, among the classes."""
+        tokenizer = self.processor.tokenizer
+        answers = tokenizer(list(SENTIMENTS), add_special_tokens=False)["input_ids"]
+        choices = [ids + [tokenizer.eos_token_id] for ids in answers]
+        prompts = [self.processor.prompt_ids(n, ["sa"])[0] for n in lengths]
+        return self.model.score_choices(prompts, choices, **audio).softmax(-1).tolist()
+
+    def _word_times(self, found: dict, speech: torch.Tensor) -> list[tuple[float, float]]:
+        weights = self.model.get_input_embeddings().weight
+        spans = word_times(speech, found["text"].split(), self.processor.tokenizer, weights, SECONDS_PER_FRAME)
+        return [(round(found["start"] + start, 3), round(found["start"] + end, 3)) for start, end in spans]
+
+    def postprocess(
+        self, recording: "Recording", return_entities=None, return_sentiment=None, return_timestamps=False
+    ) -> dict:
+        """What was heard in the windows of a recording, put together."""
+        heard = [found for found in recording.heard if found["text"]]
+        texts = [found["text"] for found in heard]
+        result = {"text": " ".join(texts), "duration": recording.duration}
+        if self._is_asked("ner", return_entities):
+            offsets = [sum(len(text) + 1 for text in texts[:i]) for i in range(len(texts))]
+            result["entities"] = [entity for pair in zip(heard, offsets) for entity in _entities(*pair)]
+        if self._is_asked("sa", return_sentiment):
+            result["sentiment"] = _mean_sentiment(recording.heard) if recording.heard else None
+        if return_timestamps == "word":
+            words = [pair for found in heard for pair in zip(found["text"].split(), found["times"])]
+            result["chunks"] = [{"text": word, "timestamp": times} for word, times in words]
+        elif return_timestamps:
+            result["chunks"] = [{"text": f["text"], "timestamp": (f["start"], f["end"])} for f in heard]
+        return result
+
+
+@dataclass
+class Recording:
+    """One input on its way: windows to hear, and what was heard in those so far."""
+
+    duration: float  # seconds
+    windows: Iterator[dict]
+    heard: list[dict] = field(default_factory=list)
+    given: int = 0  # windows read so far
+    is_read: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        return self.is_read and len(self.heard) == self.given
+
+
+def _with_bar(windows: Iterator[tuple[float, np.ndarray]], seconds: float, disable: bool | None) -> Iterator[dict]:
+    """Windows as dicts, and a bar of the seconds that are done with."""
+    look = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    with tqdm(total=seconds, desc="listening", disable=disable, bar_format=look) as bar:
+        for start, samples in windows:
+            yield {"start": start, "samples": samples}
+            bar.update(start + len(samples) / RATE - bar.n)
+        bar.update(seconds - bar.n)
+
+
+def _entities(heard: dict, offset: int) -> list[dict]:
+    """A window's entities, their characters counted in the recording's text."""
+    text, found = heard["text"], []
+    for tag, start, length in heard["entities"]:
+        entity = {"entity": tag, "word": text[start : start + length]}
+        entity |= {"start": offset + start, "end": offset + start + length}
+        if "times" in heard:
+            first = text[:start].count(" ")
+            last = first + entity["word"].count(" ")
+            entity["timestamp"] = (heard["times"][first][0], heard["times"][last][1])
+        found.append(entity)
+    return found
+
+
+def _mean_sentiment(windows: list[dict]) -> dict:
+    """The classes' probabilities, averaged over the windows by their seconds, and the likeliest class."""
+    seconds = np.array([heard["end"] - heard["start"] for heard in windows])
+    mean = (seconds[:, None] * np.array([heard["scores"] for heard in windows])).sum(0) / seconds.sum()
+    scores = {label: round(float(score), 4) for label, score in zip(SENTIMENTS, mean)}
+    label = max(scores, key=scores.get)
+    return {"label": label, "score": scores[label], "scores": scores}
+
+
+class AnswerLimits(StoppingCriteria):
+    """Ends each row's answer by its own limit, so that an endless one is the same in whatever batch it stands."""
+
+    def __init__(self, limits: list[int]):
+        self.limits = torch.tensor(limits)
+        self.start: int | None = None  # the prompt's length, known after the first token
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        if self.start is None:
+            self.start = input_ids.shape[1] - 1
+        beams = len(input_ids) // len(self.limits)
+        return (input_ids.shape[1] - self.start >= self.limits.repeat_interleave(beams)).to(input_ids.device)
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, SpokenLanguageUnderstandingPipeline, pt_model=AutoModelForSpeechSeq2Seq, type="audio"
+)
+
+__all__ = ["AnswerLimits", "SpokenLanguageUnderstandingPipeline"]
