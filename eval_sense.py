@@ -208,7 +208,7 @@ def utterance_table(
     """
     One dict an utterance, the worst transcript first: `id`, `index` in the rows, `speaker`, `duration` in seconds, the
     references, by task the answer as it was written and what was read in it, and of the first task with words
-    `errors`, `words`, `wer`.
+    `heard` (they), `errors`, `words`, `wer`.
     """
     worded = worded_task(parsed)
     table = []
@@ -221,8 +221,9 @@ def utterance_table(
         if "ner" in parsed:
             line |= {"entities": parsed["ner"][i].entities, "malformed": parsed["ner"][i].malformed}
         if worded:
-            errors, words = word_errors(row["text"], parsed[worded][i].text)
-            line |= {"errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
+            heard = parsed[worded][i].text
+            errors, words = word_errors(row["text"], heard)
+            line |= {"heard": heard, "errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
         table.append(line)
     return sorted(table, key=lambda line: -line.get("wer", 0))
 

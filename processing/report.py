@@ -102,9 +102,7 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
     sections = [f"## {title}\n\n{markdown_table(*found)}\n" for title, found in reversed(tables.items())]
     write_text(folder / "results.md", "\n".join(sections))
     if show:
-        worst = [
-            [f"{row['wer']:.0f}", row["reference"], row.get("asr", row.get("ner"))] for row in table if "wer" in row
-        ]
+        worst = [[f"{row['wer']:.0f}", row["reference"], row["heard"]] for row in table if "wer" in row]
         print_table(
             f"worst {min(show, len(worst))} of {len(table)} utterances", ["WER %", "said", "heard"], worst[:show]
         )
