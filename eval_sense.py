@@ -208,7 +208,7 @@ def utterance_table(
     """
     One dict an utterance, the worst transcript first: `id`, `index` in the rows, `speaker`, `duration` in seconds, the
     references, by task the answer as it was written and what was read in it, and of the first task with words
-    `heard` (they), `errors`, `words`, `wer`.
+    `heard` (the words), `errors`, `words`, `wer`.
     """
     worded = worded_task(parsed)
     table = []
