@@ -84,6 +84,7 @@ def describe_run(args, model, processes: int, rtf: float) -> dict[str, str]:
     libraries = ("sense-asr", "torch", "transformers")
     about = {
         "model": args.model,
+        "revision": args.revision,
         "backbones": ", ".join(backbones),
         "parameters": f"{model.num_parameters():,}",
         "dataset": args.dataset,
