@@ -235,6 +235,7 @@ def test_the_history_is_that_of_the_models_folder(tmp_path):
 def test_what_was_evaluated():
     args = {
         "model": "m",
+        "revision": None,
         "dataset": "d",
         "config_name": None,
         "split": "test",
