@@ -17,13 +17,13 @@ AUTO_MAP = {
     "AutoModelForSpeechSeq2Seq": "modeling_sense.SenseForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_sense.SenseForConditionalGeneration",
 }
-CUSTOM_PIPELINES = {
-    "spoken-language-understanding": {
-        "impl": "pipeline_sense.SpokenLanguageUnderstandingPipeline",
-        "pt": ["AutoModelForSpeechSeq2Seq"],
-        "type": "audio",
-    }
+_PIPELINE = {
+    "impl": "pipeline_sense.SpokenLanguageUnderstandingPipeline",
+    "pt": ["AutoModelForSpeechSeq2Seq"],
+    "type": "audio",
 }
+# transformers' own pipeline for speech recognition knows no prompt: ours takes its name, too.
+CUSTOM_PIPELINES = dict.fromkeys(("spoken-language-understanding", "automatic-speech-recognition"), _PIPELINE)
 
 
 @strict

@@ -79,6 +79,8 @@ found["adapter"] = answer(sense.from_adapter(asked["adapter"]), asked["adapter"]
 found["tags"] = get_class_from_dynamic_module("tasks.EntityTask", repo)("").parse("<PLACE> a </PLACE>").entities
 pipe = transformers.pipeline("spoken-language-understanding", model=repo, revision="v1", trust_remote_code=True)
 found["pipeline"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
+pipe = transformers.pipeline("automatic-speech-recognition", model=repo, revision="v1", trust_remote_code=True)
+found["asr"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
 for name, sample in asked["samples"].items():
     exec(sample.replace("num_beams=5", "num_beams=5, max_new_tokens=8"))
     found[name] = [len(model.generate(**processor.apply_request("clip.wav"), max_new_tokens=1)), type(model).__name__]
