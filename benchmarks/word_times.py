@@ -71,7 +71,8 @@ class Hearing:
     def __init__(self, model, processor, row: dict):
         self.model, self.processor, self.words = model, processor, row["text"].split()
         features = processor.audio_features([load_audio(row["audio"])])
-        self.frames, self.mask = model.model.encode(**features)
+        encoded, self.mask = model.model.encode(**features)
+        self.frames = encoded.last_hidden_state
         self.num_frames = int(self.mask.sum())
         self.pooled, self.valid = model.model.multi_modal_projector.pool(self.frames, self.mask)
 
@@ -249,6 +250,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Absolute errors in ms, medians over starts and ends, of {number} entities and {words} words in {len(rows)} "
         f"test clips of {args.dataset.rstrip('/').rpartition('/')[2]}."
     )
+    args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "word_times.json", json.dumps(results, indent=2) + "\n")
     write_text(args.out / "word_times.md", page(results))
     print(page(results))

@@ -20,10 +20,17 @@ from transformers import (
     PreTrainedModel,
     WhisperModel,
 )
+from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_sense import SenseConfig, check_classifier
 
@@ -176,6 +183,14 @@ class SensePreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
         return loaded
 
+    @torch.no_grad()
+    def initialize_weights(self):
+        super().initialize_weights()
+        # The language model's rule for linear layers makes noise of new LoRA, which must change nothing.
+        for name, parameter in self.named_parameters():
+            if ".lora_B." in name:
+                init.zeros_(parameter)  # unless it was loaded
+
     def freeze_backbones(self):
         """Leaves the adapter and, where there are, LoRA and classifier trainable; everything else frozen."""
         for name, parameter in self.named_parameters():
@@ -209,28 +224,30 @@ class SenseModel(SensePreTrainedModel):
 
     @torch.no_grad()
     def encode(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[BaseModelOutput, torch.Tensor | None]:
         """
         The only place where the encoder runs.
 
         Args:
             input_features (`torch.Tensor` of shape `(clips, mel_bins, 3000)`): log-mel, 10 ms a step.
             input_features_mask (`torch.Tensor` of shape `(clips, 3000)`, *optional*): 1 where there is speech.
+            kwargs: for the encoder, such as `output_hidden_states`.
 
         Returns:
-            the encoder's frames, 20 ms each, `(clips, 1500, d_model)`, and their mask `(clips, 1500)` or None.
+            the encoder's output, whose `last_hidden_state` `(clips, 1500, d_model)` holds frames of 20 ms, and their
+            mask `(clips, 1500)` or None.
 
         Raises:
             ValueError: the encoder was taken away.
         """
         if self.audio_tower is None:
             raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
-        frames = self.audio_tower(input_features.to(self.audio_tower.conv1.weight.dtype)).last_hidden_state
+        features = input_features.to(self.audio_tower.conv1.weight.dtype)
+        encoded = self.audio_tower(features, return_dict=True, **kwargs)
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
-        return frames, None if input_features_mask is None else input_features_mask[:, ::2]
+        return encoded, None if input_features_mask is None else input_features_mask[:, ::2]
 
-    @torch.no_grad()
     def get_pooled_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.BoolTensor]:
@@ -240,7 +257,8 @@ class SenseModel(SensePreTrainedModel):
         Returns:
             the adapter's input `(clips, num_audio_tokens, d_model)` and its mask `(clips, num_audio_tokens)`.
         """
-        return self.multi_modal_projector.pool(*self.encode(input_features, input_features_mask))
+        encoded, frame_mask = self.encode(input_features, input_features_mask)
+        return self.multi_modal_projector.pool(encoded.last_hidden_state, frame_mask)
 
     @can_return_tuple
     def get_audio_features(
@@ -256,16 +274,24 @@ class SenseModel(SensePreTrainedModel):
 
         Returns:
             `last_hidden_state`: pooled features `(clips, num_audio_tokens, d_model)`; `pooler_output`: the
-            projected embeddings of the valid tokens, clip after clip, `(audio tokens, hidden_size)`.
+            projected embeddings of the valid tokens, clip after clip, `(audio tokens, hidden_size)`; the encoder's
+            `hidden_states` and `attentions` if asked for.
         """
+        encoded = BaseModelOutput()
         if pooled_features is None:
-            pooled_features, pooled_features_mask = self.get_pooled_features(input_features, input_features_mask)
+            encoded, frame_mask = self.encode(input_features, input_features_mask, **kwargs)
+            pooled_features, pooled_features_mask = self.multi_modal_projector.pool(
+                encoded.last_hidden_state, frame_mask
+            )
         if pooled_features_mask is None:
             valid = pooled_features.flatten(0, 1)
         else:
             valid = pooled_features[pooled_features_mask.bool()]
         return BaseModelOutputWithPooling(
-            last_hidden_state=pooled_features, pooler_output=self.multi_modal_projector(valid)
+            last_hidden_state=pooled_features,
+            pooler_output=self.multi_modal_projector(valid),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     def get_placeholder_mask(
@@ -331,6 +357,7 @@ class SenseModel(SensePreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return SenseModelOutputWithPast(**outputs, audio_hidden_states=audio_embeds)
@@ -346,6 +373,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.model = SenseModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.classifier = None if config.classifier is None else SenseClassifier(config)
+        self.generation_config.suppress_tokens = [config.audio_token_id]  # no answer holds a placeholder
         self.post_init()
         self.freeze_backbones()
 
@@ -452,10 +480,13 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
         """
         As [`~GenerationMixin.generate`], but each clip is encoded once, and its prompt prefilled once, whatever
         `num_beams` and `num_return_sequences` are. Returns prompt and answer, as text models do.
+
+        Given a `cache` that has read the clips, it goes on from there.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is not None and input_ids.is_floating_point():
@@ -464,31 +495,48 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 'pipeline("spoken-language-understanding", model=...) in place of "automatic-speech-recognition"'
             )
         kwargs["input_ids"] = input_ids
+        if self._has_read_audio(kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in AUDIO_INPUTS}
         if kwargs.get("input_features") is not None:
             kwargs["pooled_features"], kwargs["pooled_features_mask"] = self.model.get_pooled_features(
                 kwargs.pop("input_features"), kwargs.pop("input_features_mask", None)
             )
         if kwargs.get("pooled_features") is not None:
             resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
+            copies = max(resolved.num_beams, resolved.num_return_sequences)
+            prompts = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else input_ids
             if self._can_prefill_once(resolved, kwargs):
-                self._prefill_once(max(resolved.num_beams, resolved.num_return_sequences), kwargs)
-            elif len(kwargs["pooled_features"]) != len(input_ids):
+                self._prefill_once(copies, kwargs)
+            elif copies > 1 and prompts is not None and len(kwargs["pooled_features"]) != len(prompts):
                 raise ValueError(
-                    f"{len(kwargs['pooled_features'])} clips for {len(input_ids)} prompts: this way of generating "
-                    "takes one clip a prompt; use the default cache."
+                    f"{len(kwargs['pooled_features'])} clips for {len(prompts)} prompts: this way of generating "
+                    f"{copies} sequences takes one clip a prompt; use the default cache."
                 )
         return super().generate(generation_config=generation_config, **kwargs)
 
-    @staticmethod
-    def _can_prefill_once(resolved: GenerationConfig, kwargs: dict) -> bool:
+    def _has_read_audio(self, kwargs: dict) -> bool:
+        """Whether all placeholders of the prompts stand in the part that a given cache holds."""
+        cache, input_ids, mask = kwargs.get("cache"), kwargs["input_ids"], kwargs.get("attention_mask")
+        if cache is None or input_ids is None or not (read := cache.get_seq_length()):
+            return False
+        # As in transformers, the ids may also be the new ones alone, with a mask of all.
+        whole = mask is None or mask.shape[1] == input_ids.shape[1]
+        return not (input_ids[:, read:] if whole else input_ids).eq(self.config.audio_token_id).any()
+
+    def _can_prefill_once(self, resolved: GenerationConfig, kwargs: dict) -> bool:
         mode = resolved.get_generation_mode(kwargs.get("assistant_model"))
+        input_ids = kwargs["input_ids"]
+        states = resolved.output_hidden_states or resolved.output_attentions  # the prompt's are part of the first step
         return (
             resolved.use_cache
             and resolved.cache_implementation is None
-            and resolved.prefill_chunk_size is None
             and mode != GenerationMode.ASSISTED_GENERATION
+            and kwargs.get("custom_generate") is None
             and kwargs.get("cache") is None
             and kwargs.get("inputs_embeds") is None
+            and not (resolved.return_dict_in_generate and states)
+            and input_ids is not None
+            and not input_ids[:, -1].eq(self.config.audio_token_id).any()  # the last token is not prefilled
         )
 
     def _prefill_once(self, copies: int, kwargs: dict):
@@ -634,9 +682,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
         return {task: [of_clip[t].strip() for of_clip in texts] for t, task in enumerate(tasks)}
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ):
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):  # the audio is in the cache by now
             for name in AUDIO_INPUTS:

@@ -154,7 +154,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     ) -> list[dict]:
         """What is heard in a batch of windows, of each a dict."""
         features = self.processor.audio_features([window["samples"] for window in windows]).to(self.device)
-        frames, mask = self.model.model.encode(**features)
+        encoded, mask = self.model.model.encode(**features)
+        frames = encoded.last_hidden_state
         pooled, valid = self.model.model.multi_modal_projector.pool(frames, mask)
         audio = {"pooled_features": pooled, "pooled_features_mask": valid}
         lengths = valid.sum(1).tolist()

@@ -291,7 +291,7 @@ class SenseProcessor(ProcessorMixin):
             audio: one clip or a list of clips, each as `load_audio` takes it.
             text: one text or a list; together they hold one `<|audio|>` for each clip, in the same order.
             sampling_rate: rate of the clips that are arrays, in Hz; 16000 if not given.
-            kwargs: for the tokenizer, such as `max_length` and `truncation`.
+            kwargs: for the tokenizer, such as `max_length` and `truncation`; `return_tensors` is "pt" by default.
 
         Returns:
             `input_ids` and `attention_mask` of shape `(texts, length)`, left-padded, if there is text;
@@ -301,8 +301,6 @@ class SenseProcessor(ProcessorMixin):
             ValueError: other than one placeholder for each clip; truncation that would cut audio tokens; what
                 `load_audio` refuses.
         """
-        if kwargs.get("return_tensors", "pt") != "pt":
-            raise ValueError(f"return_tensors {kwargs['return_tensors']!r}: SenseProcessor returns 'pt' only")
         clips = None
         if audio is not None:
             rate = self.feature_extractor.sampling_rate

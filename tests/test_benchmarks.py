@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-from benchmarks import compare, measure, report
+from benchmarks import compare, long_audio, measure, report, word_times
 from benchmarks.__main__ import main, make_settings, parse
 from benchmarks.setting import TASKS, Setting
 from benchmarks.systems import (
@@ -21,6 +23,9 @@ from benchmarks.systems import (
     THREE_CALLS,
 )
 from benchmarks.training import BareLLM, bare_inputs, build_sense_to_train, cached_inputs
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor, load_audio
+from tests.conftest import make_corpus, write_corpus
 
 
 TINY = Setting("tiny", "tiny", batch=2, seconds=1, labels=5, new_tokens=4)
@@ -181,3 +186,47 @@ def test_one_command_writes_json_page_and_plot(tmp_path, monkeypatch, capsys):
     assert page == report.markdown(results) and page in capsys.readouterr().out
     assert results["machine"]["cpu"] in page and "## Where a peer wins" in page
     assert (tmp_path / "latest.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------ word times and long recordings
+
+
+def test_errors_of_words_and_entities_are_medians_over_both_edges():
+    row = {"text": "anna left moscow", "entities": [["PERSON", 0, 4], ["PLACE", 10, 6]]}
+    truth = [(0.0, 0.5), (0.5, 0.8), (1.0, 2.0)]
+    mine = [(0.1, 0.5), (0.4, 0.8), (1.0, 2.3)]
+    found = word_times.errors([row, row], [mine, None], [truth, truth])
+    assert found["words"]["n"] == 3 and found["entities"]["n"] == 2
+    assert found["entities"]["median"] == pytest.approx(50)  # of 100, 0, 0, 300
+    assert found["entities"]["start"] == pytest.approx(50) and found["entities"]["end"] == pytest.approx(150)
+    assert found["words"]["median"] == pytest.approx(50)  # of 100, 0, 100, 0, 0, 300
+
+
+def test_an_entity_lasts_from_its_first_word_to_its_last():
+    row = {"text": "so anna karenina left", "entities": [["PERSON", 3, 13]]}
+    assert word_times.entity_spans(row, [(0, 1), (1, 2), (2, 3), (3, 4)]) == [(1, 3)]
+
+
+def test_a_recording_holds_its_clips_in_order(tmp_path):
+    rows = make_corpus(4)
+    order = long_audio.write_recording(tmp_path / "recording.wav", rows, minutes=0.25)
+    assert order == [i % 4 for i in range(len(order))] and len(order) > 4
+    samples, rate = soundfile.read(tmp_path / "recording.wav")
+    assert rate == 16000 and 15 <= len(samples) / rate < 18
+    first = load_audio(rows[0]["audio"])
+    np.testing.assert_allclose(samples[: len(first)], first, atol=1e-4)
+
+
+def test_the_long_recording_benchmark_runs(tmp_path, tiny_whisper, tiny_llama):
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
+    model.save_pretrained(tmp_path / "model")
+    processor = SenseProcessor.from_backbones(tiny_whisper, tiny_llama)
+    processor.chunk_length_s = 5
+    processor.save_pretrained(tmp_path / "model")
+    corpus = write_corpus(tmp_path / "corpus", dev=3, test=2)
+    command = ["--model", str(tmp_path / "model"), "--dataset", corpus, "--minutes", "0.1", "0.2"]
+    found = long_audio.main([*command, "--out", str(tmp_path / "out")])
+    assert found["clips"] == 5 and found["chunk_length_s"] == 5
+    for recording in found["recordings"]:
+        assert recording["peak_mib"] > 100 and recording["duration"] >= 60 * recording["minutes"]
+    assert (tmp_path / "out" / "long_audio.md").read_text().count("|") > 20

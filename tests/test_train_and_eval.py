@@ -118,13 +118,13 @@ def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strat
 
 def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_path, monkeypatch):
     encoded = []
-    get_pooled_features = SenseModel.get_pooled_features
+    encode = SenseModel.encode
 
-    def counted(self, input_features, input_features_mask=None):
+    def counted(self, input_features, *args, **kwargs):
         encoded.append(len(input_features))
-        return get_pooled_features(self, input_features, input_features_mask)
+        return encode(self, input_features, *args, **kwargs)
 
-    monkeypatch.setattr(SenseModel, "get_pooled_features", counted)
+    monkeypatch.setattr(SenseModel, "encode", counted)
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
     cache |= {"encoder_cache_storage": "int8"}
     assert train_sense.main([recipe(cache_only=True, **cache)]) == {} and not (tmp_path / "out").exists()

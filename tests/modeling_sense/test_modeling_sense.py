@@ -363,7 +363,7 @@ def test_two_clips_in_one_prompt_with_beams(sense):
     output = model.generate(**inputs, num_beams=3, max_new_tokens=4)
     assert output.shape[0] == 1
     with pytest.raises(ValueError, match="2 clips for 1 prompts"):
-        model.generate(**inputs, max_new_tokens=4, use_cache=False)
+        model.generate(**inputs, max_new_tokens=4, num_beams=3, use_cache=False)
 
 
 def test_text_alone_is_answered_by_the_language_model(sense):

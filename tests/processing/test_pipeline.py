@@ -256,6 +256,26 @@ def test_a_streamer_writes_the_answer_alone(pipe):
     assert " ".join("".join(streamer).split()) == found["text"]
 
 
+def test_windows_are_no_longer_than_the_clips_of_training(parts, monkeypatch, tmp_path):
+    model, processor = parts[0], SenseProcessor.from_pretrained(_saved(parts[1], tmp_path))
+    assert processor.chunk_length_s == 12
+    asked = []
+    monkeypatch.setattr(
+        "processing.pipeline_sense.speech_windows", lambda blocks, most: asked.append(most) or iter(())
+    )
+    pipe = SpokenLanguageUnderstandingPipeline(model, processor)
+    pipe(tone(1))
+    pipe(tone(1), chunk_length_s=20)
+    assert asked == [12, 20]
+
+
+def _saved(processor, folder):
+    before, processor.chunk_length_s = processor.chunk_length_s, 12
+    processor.save_pretrained(folder)
+    processor.chunk_length_s = before
+    return folder
+
+
 # ------------------------------------------------------------------ what is refused
 
 

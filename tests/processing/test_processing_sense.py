@@ -321,8 +321,6 @@ def test_truncation_that_cuts_audio(processor):
 def test_other_bad_calls(processor):
     with pytest.raises(ValueError, match="empty list"):
         processor(audio=[], text="x")
-    with pytest.raises(ValueError, match="'np': SenseProcessor returns 'pt' only"):
-        processor(audio=tone(0.5), return_tensors="np")
     with pytest.raises(ValueError, match="at least one input"):
         processor()
 

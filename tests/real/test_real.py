@@ -6,6 +6,7 @@ import torch
 from jiwer import wer
 from transformers import AutoFeatureExtractor
 
+from benchmarks.word_times import Hearing, choose_clips, errors
 from eval_sense import transcribe_whisper, understand
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
@@ -73,10 +74,16 @@ def test_word_times_find_the_pause(whisper, speech, sense):
     assert len(clips[0]) / 16000 - 0.4 < cut < len(clips[0]) / 16000 + 1.4
 
 
-def test_warm_start_hears_before_any_training(sense, speech, whisper):
-    """The loss with the true clips falls below the one with the clips shuffled, by regression alone."""
+@pytest.fixture(scope="module")
+def warm(sense, speech, whisper):
+    """The same after the warm start, and what that says of itself."""
     model, processor = sense
-    found = warm_start(model, processor, load_corpus(speech, "train"), whisper)
+    return model, processor, warm_start(model, processor, load_corpus(speech, "train"), whisper)
+
+
+def test_warm_start_hears_before_any_training(warm, speech):
+    """The loss with the true clips falls below the one with the clips shuffled, by regression alone."""
+    model, processor, found = warm
     assert found["word_times"] == "attention" and found["r2"] > 0.1
     rows = [{**row, "task": "asr"} for row in load_corpus(speech, "dev")]
     collate = SenseCollator(processor, make_tasks(processor.prompts))
@@ -85,6 +92,25 @@ def test_warm_start_hears_before_any_training(sense, speech, whisper):
     with torch.no_grad():
         true, false = (model(**collate(batch), skip_logits=True).loss for batch in (rows, shuffled))
     assert true < false
+
+
+def test_words_are_found_in_time_by_the_warm_start_alone(warm, speech):
+    """Far nearer to a forced alignment than words that are spread evenly over the clip."""
+    model, processor, _ = warm
+    rows = choose_clips(load_corpus(speech, "test"), 8)
+    assert len(rows) >= 4
+    with torch.inference_mode():
+        mine = [Hearing(model, processor, row).by_frames() for row in rows]
+    even = [[(i * s / n, (i + 1) * s / n) for i in range(n)] for row in rows for n, s in [size(row)]]
+    truth = [row["sphinx"] for row in rows]
+    found, spread = errors(rows, mine, truth), errors(rows, even, truth)
+    assert found["words"]["median"] < 120 < spread["words"]["median"]
+    assert found["entities"]["median"] < 150
+
+
+def size(row) -> tuple[int, float]:
+    """Words and seconds."""
+    return len(row["text"].split()), len(load_audio(row["audio"])) / 16000
 
 
 def test_batch_equals_singles_on_real_speech(sense, speech):

@@ -1,0 +1,125 @@
+"""
+`python -m benchmarks.long_audio --model DIR --dataset DIR`: recordings of 5 and 60 minutes against the same speech
+clip by clip: word error rate, and peak memory, each recording in a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from eval_sense import load_checkpoint, load_rows
+from processing import SpokenLanguageUnderstandingPipeline
+from processing.processing_sense import load_audio
+from processing.report import markdown_table, write_text
+from processing.scoring import word_errors
+
+
+RATE = 16000
+PAUSES = (0.3, 1.5)  # seconds between clips, drawn evenly
+
+
+def write_recording(path: Path, rows, minutes: float) -> list[int]:
+    """Clips one after the other, from the first again where they end; the index of each that is in it."""
+    rng, order, written = np.random.default_rng(0), [], 0
+    with soundfile.SoundFile(path, "w", RATE, 1, "PCM_16") as file:
+        while written < minutes * 60 * RATE:
+            order.append(len(order) % len(rows))
+            pause = np.zeros(int(rng.uniform(*PAUSES) * RATE), np.float32)
+            clip = np.concatenate([load_audio(rows[order[-1]]["audio"]), pause])
+            file.write(clip)
+            written += len(clip)
+    return order
+
+
+def make_pipe(model: str) -> SpokenLanguageUnderstandingPipeline:
+    parts = load_checkpoint(model)
+    how = {"return_entities": False, "return_sentiment": False}
+    return SpokenLanguageUnderstandingPipeline(model=parts[0], processor=parts[1], **how)
+
+
+def hear_recording(model: str, path: str, batch_size: int) -> dict:
+    """Runs alone in a process: text, seconds and the peak of the process's memory."""
+    pipe = make_pipe(model)
+    before = time.perf_counter()
+    found = pipe(path, batch_size=batch_size, return_timestamps=True, progress=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": time.perf_counter() - before, "peak_mib": peak, "windows": len(found["chunks"])} | found
+
+
+def in_own_process(model: str, path: Path, batch_size: int) -> dict:
+    command = [sys.executable, "-m", "benchmarks.long_audio", "--model", model, "--hear", path]
+    command += ["--batch_size", str(batch_size)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def wer(pairs: list[tuple[str, str]]) -> float:
+    counts = np.array([word_errors(*pair) for pair in pairs]).sum(0)
+    return float(100 * counts[0] / counts[1])
+
+
+def measure(args) -> dict:
+    """Clip by clip, then each recording."""
+    rows = [row for split in args.splits for row in load_rows(args, split)]
+    pipe = make_pipe(args.model)
+    by_length = sorted(range(len(rows)), key=lambda i: -(rows[i]["duration"] or 0))
+    clips = [load_audio(rows[i]["audio"]) for i in by_length]
+    singly = {i: found["text"] for i, found in zip(by_length, pipe(clips, batch_size=args.batch_size))}
+    results = {"clips": len(rows), "chunk_length_s": pipe.processor.chunk_length_s, "recordings": []}
+    del pipe, clips
+    for minutes in args.minutes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recording.wav"
+            order = write_recording(path, rows, minutes)
+            found = in_own_process(args.model, path, args.batch_size)
+        text = " ".join(rows[i]["text"] for i in order)
+        wers = {"wer": wer([(text, found["text"])]), "wer_by_clip": wer([(rows[i]["text"], singly[i]) for i in order])}
+        kept = {name: found[name] for name in ("duration", "windows", "seconds", "peak_mib")}
+        results["recordings"].append({"minutes": minutes, **wers, **kept})
+    return results
+
+
+def page(results: dict) -> str:
+    rows = [
+        [f"{r['minutes']:g}", f"{r['wer']:.1f}", f"{r['wer_by_clip']:.1f}", f"{r['peak_mib']:.0f}", str(r["windows"]),
+         f"{r['seconds'] / r['duration']:.2f}"]
+        for r in results["recordings"]
+    ]  # fmt: skip
+    header = ["minutes", "WER", "clip by clip", "peak memory, MiB", "windows", "time / duration"]
+    peaks = [r["peak_mib"] for r in results["recordings"]]
+    return f"{markdown_table(header, rows)}\n\nPeak of the longest / of the shortest: {peaks[-1] / peaks[0]:.2f}\n"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset")
+    parser.add_argument("--splits", nargs="+", default=["dev", "test"])
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[5, 60])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--hear", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.config_name = None
+    if args.hear:
+        print(json.dumps(hear_recording(args.model, args.hear, args.batch_size)))
+        return {}
+    results = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / "long_audio.json", json.dumps(results, indent=2) + "\n")
+    write_text(args.out / "long_audio.md", page(results))
+    print(page(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
