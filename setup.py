@@ -6,6 +6,13 @@ from setuptools import find_packages, setup
 
 
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
+DOCS = [  # `make docs`, and the notebook that the tests run
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=1.0,<2",
+    "ipykernel>=7,<8",
+    "nbclient>=0.10,<1",
+    "nbformat>=5.10,<6",
+]
 
 setup(
     name="sense-asr",
@@ -46,6 +53,7 @@ setup(
     ],
     extras_require={
         "controls": CONTROLS,
-        "dev": [*CONTROLS, "transformers[serving]", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
+        "docs": DOCS,
+        "dev": [*CONTROLS, *DOCS, "transformers[serving]", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
     },
 )
