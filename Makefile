@@ -29,7 +29,7 @@ quickstart: backbones
 	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 800 --dev 60 --test 100
 	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/quickstart.yaml --dataset_dir $(DATA) --output_dir $(OUT)
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
-	$(BIN)/python scripts/transcribe.py $(OUT) $(DATA)/test/test-00000.flac
+	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
 test: lint backbones
 	$(BIN)/python -m pytest

@@ -22,9 +22,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"]),
-    package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"]},
-    py_modules=["annotate_sense", "train_sense", "eval_sense"],
+    packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"])
+    + ["recipes", "recipes.mini"],
+    package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"], "": ["*.yaml"]},
+    py_modules=["annotate_sense", "train_sense", "eval_sense", "sense_cli"],
+    entry_points={"console_scripts": ["sense=sense_cli:cli"]},
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
         # with torch 2.11 to 2.14, not with a CPU-only build.
@@ -50,6 +52,7 @@ setup(
         "matplotlib>=3.9,<4",
         "tensorboard>=2.18,<3",
         "tqdm>=4.66,<5",
+        "typer>=0.20,<1",
     ],
     extras_require={
         "controls": CONTROLS,

@@ -3,8 +3,9 @@ Trains SENSE: the adapter, and LoRA where the recipe asks for it, on any speech 
 
     accelerate launch train_sense.py recipes/quickstart.yaml [--field value ...]
 
-A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; fields on the
-command line win. A run that was interrupted goes on from its last checkpoint when started again.
+A recipe is a YAML file with the fields of `SenseArguments` and of transformers' `TrainingArguments`; one of `recipes/`
+may go by its name, such as quickstart. Fields on the command line win. A run that was interrupted goes on from its
+last checkpoint when started again.
 """
 
 import dataclasses
@@ -317,7 +318,7 @@ class SenseTrainer(Trainer):
 
 def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     """
-    A recipe's path, then overrides.
+    A recipe's path or name, then overrides.
 
     Raises:
         ValueError: the recipe is missing, no mapping, or has a field that nobody knows.
@@ -325,9 +326,7 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     parser = HfArgumentParser((SenseArguments, TrainingArguments))
     if not argv or argv[0].startswith("-"):
         return parser.parse_args_into_dataclasses(argv)
-    recipe = Path(argv[0])
-    if not recipe.is_file():
-        raise ValueError(f"there is no recipe {recipe}")
+    recipe = find_recipe(argv[0])
     fields = yaml.safe_load(recipe.read_text())
     if not isinstance(fields, dict):
         raise ValueError(f"{recipe} must hold `field: value` lines, found {type(fields).__name__}")
@@ -339,6 +338,16 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     # YAML reads 1e-3 as text: argparse converts text defaults as it would command-line values.
     parser.set_defaults(**fields)
     return parser.parse_args_into_dataclasses(argv[1:])
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe that is named by its path, or one of `recipes/` by its name there, such as quickstart or mini/1_asr."""
+    home = Path(__file__).resolve().parent / "recipes"
+    for recipe in (Path(name), home.parent / name, home / f"{name}.yaml"):
+        if recipe.is_file():
+            return recipe
+    names = sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml"))
+    raise ValueError(f"there is no recipe {name}; name a YAML file, or one of {', '.join(names)}")
 
 
 def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, SenseProcessor]:

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 import spacy
 import torch
 import yaml
@@ -22,7 +20,7 @@ from modeling_sense import SenseModel
 from processing import report
 from processing.datasets import load_corpus
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
-from scripts import ablation, transcribe
+from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
 
 
@@ -96,18 +94,6 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
 
     report.main([str(tmp_path / "both.png"), f"one={out}", f"two={out}"])
     assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
-
-
-def test_transcribe_prints_what_was_said_beside_what_was_heard(recipe, corpus, tmp_path, capsys):
-    train_sense.main([recipe(), "--max_steps", "1"])
-    alone = tmp_path / "alone.wav"
-    soundfile.write(alone, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    line = json.loads((Path(corpus) / "test" / "metadata.jsonl").read_text().splitlines()[0])
-    clip = Path(corpus) / "test" / line["file_name"]
-    answers = transcribe.main([str(tmp_path / "out"), str(clip), str(alone), "--num_beams", "2"])
-    printed = capsys.readouterr().out
-    assert f"{clip}\n  said:  {line['text']}\n  heard: {answers[0].strip()}" in printed
-    assert f"{alone}\n  heard: {answers[1].strip()}" in printed
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
