@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import importlib
 import json
 import os
 import re
@@ -17,29 +18,27 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import typer
 from mkdocs.commands.build import build
 from transformers import HfArgumentParser, TrainingArguments
 
-import annotate_sense
-import benchmarks.__main__
-import benchmarks.word_times
 import eval_sense
+import sense_cli
 import train_sense
 from modeling_sense import SenseForConditionalGeneration
-from processing import SenseProcessor, report, scoring, synthesis
+from processing import SenseProcessor, report, scoring
 from processing.tasks import TASKS
-from scripts import ablation, get_backbones, transcribe
 from tests.conftest import tone, write_corpus
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(<!-- not run: .*-->\n)?```(\w+).*\n((?s:.*?))^```$", re.MULTILINE)
 
 
-def blocks(page: Path, language: str) -> list[tuple[str, str]]:
-    """The page's code blocks in a language: what stands behind its name, and the code."""
-    return [(about, code) for name, about, code in FENCE.findall(page.read_text()) if name == language]
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's code blocks in a language, but those that are said not to run."""
+    return [code for not_run, name, code in FENCE.findall(page.read_text()) if name == language and not not_run]
 
 
 def pages_with(language: str) -> list:
@@ -122,22 +121,28 @@ class Parsed(Exception):
     """A program's arguments were read without an error."""
 
 
-SCRIPTS = {
-    "train_sense.py": train_sense.main,
-    "eval_sense.py": eval_sense.main,
-    "annotate_sense.py": annotate_sense.main,
-    "scripts/ablation.py": ablation.main,
-    "scripts/get_backbones.py": get_backbones.main,
-    "scripts/transcribe.py": transcribe.main,
-    "processing.synthesis": synthesis.main,
-    "processing.report": report.main,
-    "benchmarks": benchmarks.__main__.main,
-    "benchmarks.word_times": benchmarks.word_times.main,
-}
-# Programs that are others' own: not looked at, but for the files and targets that they name.
-FOREIGN = ("pip", "make", "git", "hf")
-RUNNERS = ("python", "accelerate", "torchrun")
-SPY = "\n".join(f'{name}() {{ printf "%s\\0" {name} "$@" >&3; printf "\\1\\0" >&3; }}' for name in (*FOREIGN, *RUNNERS))
+PROGRAMS = (
+    "eval_sense.py",
+    "annotate_sense.py",
+    "app.py",
+    "train_sense.py",
+    "scripts/ablation.py",
+    "scripts/get_backbones.py",
+    "scripts/make_space.py",
+    "processing.report",
+    "processing.synthesis",
+    "benchmarks",
+    "benchmarks.long_audio",
+    "benchmarks.small_machines",
+    "benchmarks.word_times",
+)
+OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
+# Programs that are others' own: not looked at, but for the targets of make.
+FOREIGN = ("cat", "hf", "make", "pip")
+RUNNERS = ("python", "accelerate", "torchrun", "sense")
+SPY = "\n".join(
+    f'{name}() {{ printf "%s\\0" {name} "$@" >&3; printf "\\1\\0" >&3; }}' for name in (*FOREIGN, *RUNNERS)
+)
 
 
 def commands(script: str, folder: Path) -> list[list[str]]:
@@ -159,12 +164,28 @@ def commands(script: str, folder: Path) -> list[list[str]]:
 def without_launcher(words: list[str]) -> list[str]:
     """`accelerate launch --num_processes 2 train_sense.py X` -> `train_sense.py X`."""
     runner, *rest = words
+    if runner == "sense":
+        return words
     if runner == "accelerate":
         assert rest.pop(0) == "launch"
     while rest[0].startswith("--"):
         assert rest[0] in ("--num_processes", "--nproc_per_node", "--module"), rest[0]
         rest = rest[1 if rest[0] == "--module" else 2 :]
     return rest[1:] if rest[0] == "-m" else rest
+
+
+def call(program: str, argv: list[str]):
+    """Runs one of `PROGRAMS`, or a command of `sense`, as far as `parse_only` lets it."""
+    if program != "sense":
+        name = "benchmarks.__main__" if program == "benchmarks" else program.removesuffix(".py").replace("/", ".")
+        importlib.import_module(name).main(argv)
+    elif argv[0] in OF_SENSE:
+        call(OF_SENSE[argv[0]], argv[1:])
+    elif argv != ["--help"]:
+        command = typer.main.get_command(sense_cli.cli).commands[argv[0]]
+        if argv[1:] != ["--help"]:
+            command.make_context(argv[0], argv[1:])
+    raise Parsed
 
 
 @pytest.fixture
@@ -185,12 +206,13 @@ def parse_only(monkeypatch, tmp_path):
     monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse_args)
     monkeypatch.setattr(train_sense, "parse_recipe", parse)
     monkeypatch.setattr(report, "plot_training", lambda *args: pytest.fail("nothing is drawn"))
+    monkeypatch.setenv("SENSE_MODEL", "outputs/quickstart")  # as docs/cli.md says
     monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_name_what_there_is(page, tmp_path, parse_only, capsys):
-    for _, script in blocks(page, "bash"):
+    for script in blocks(page, "bash"):
         for words in commands(script, tmp_path):
             if words[0] == "make":
                 targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -201,13 +223,15 @@ def test_commands_name_what_there_is(page, tmp_path, parse_only, capsys):
                     continue
                 try:
                     with pytest.raises((Parsed, FileNotFoundError)):  # processing.report opens its runs at once
-                        SCRIPTS[program](argv)
+                        call(program, argv)
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}\n{capsys.readouterr().err}")
 
 
 def test_commands_that_are_wrong_are_found(tmp_path, parse_only):
-    (words,) = commands("FILES='--splits dev'\nfor x in a; do python annotate_sense.py --input $x $FILES; done", tmp_path)
+    (words,) = commands(
+        "FILES='--splits dev'\nfor x in a; do python annotate_sense.py --input $x $FILES; done", tmp_path
+    )
     assert words == ["python", "annotate_sense.py", "--input", "a", "--splits", "dev"]
     with pytest.raises(SystemExit):
         eval_sense.main(["--model", "x", "--dataset", "y", "--output_dir", "z", "--beams", "5"])
@@ -224,7 +248,7 @@ FIELDS = {f.name: f for kind in (train_sense.SenseArguments, TrainingArguments) 
 @pytest.mark.parametrize("page", pages_with("yaml"))
 def test_recipes_are_valid(page, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "places", TASKS["asr"])  # of docs/add_a_task.md
-    for _, recipe in blocks(page, "yaml"):
+    for recipe in blocks(page, "yaml"):
         path = tmp_path / "recipe.yaml"
         path.write_text(recipe)
         asked = ["--dataset_dir", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
@@ -255,12 +279,14 @@ def known_options() -> set[str]:
             raise Parsed
 
         patch.setattr("argparse.ArgumentParser.parse_args", parse_args)
-        for name, main in SCRIPTS.items():
-            if name not in ("train_sense.py", "processing.report"):
+        for program in PROGRAMS:
+            if program not in ("train_sense.py", "processing.report"):
                 with pytest.raises(Parsed):
-                    main([])
+                    call(program, [])
         with pytest.raises(Parsed):
-            annotate_sense.main(["compare"])
+            call("annotate_sense.py", ["compare"])
+    for command in typer.main.get_command(sense_cli.cli).commands.values():
+        found.update(name.removeprefix("--") for option in command.params for name in option.opts)
     return found
 
 
@@ -310,7 +336,7 @@ def test_python_runs(page, workplace, monkeypatch):
     """All blocks of a page, one after the other, as a reader would run them."""
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
-    code = "\n".join(code for _, code in blocks(page, "python"))
+    code = "\n".join(blocks(page, "python"))
     exec(compile(code, str(page), "exec"), {"__name__": "example"})
 
 
@@ -318,7 +344,7 @@ def test_comments_say_what_is_printed(workplace, monkeypatch, capsys):
     """`print(...)  # this` of the pages on tasks and scores."""
     monkeypatch.chdir(workplace)
     for name in ("tasks.md", "evaluation.md"):
-        code = "\n".join(code for _, code in blocks(ROOT / "docs" / name, "python"))
+        code = "\n".join(blocks(ROOT / "docs" / name, "python"))
         exec(compile(code, name, "exec"), {"__name__": "example"})
         promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
         assert promised and capsys.readouterr().out.splitlines() == promised
@@ -326,8 +352,8 @@ def test_comments_say_what_is_printed(workplace, monkeypatch, capsys):
 
 def test_a_task_is_added_as_the_page_says(workplace, tiny_whisper, tiny_llama, monkeypatch, capsys):
     page = ROOT / "docs" / "add_a_task.md"
-    (workplace / "places.yaml").write_text(blocks(page, "yaml")[0][1])
-    (_, module), (_, asking) = blocks(page, "python")
+    (workplace / "places.yaml").write_text(blocks(page, "yaml")[0])
+    module, asking = blocks(page, "python")
     (workplace / "places.py").write_text(module)
     write_corpus(workplace / "data" / "quickstart", train=8, dev=4, test=4)
     monkeypatch.chdir(workplace)
@@ -338,7 +364,7 @@ def test_a_task_is_added_as_the_page_says(workplace, tiny_whisper, tiny_llama, m
 
     tiny = ["--audio_backbone", tiny_whisper, "--text_backbone", tiny_llama, "--lora_r", "4", "--max_steps", "2"]
     tiny += ["--eval_steps", "1", "--save_steps", "1", "--use_cpu", "true", "--backbone_dtype", "float32"]
-    training, scored = map(without_launcher, commands(blocks(page, "bash")[0][1], workplace))
+    training, scored = map(without_launcher, commands(blocks(page, "bash")[0], workplace))
     for words in ([*training, *tiny], scored):
         monkeypatch.setattr(sys, "argv", words)
         named = runpy.run_path("places.py", run_name="__main__")
