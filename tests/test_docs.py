@@ -124,11 +124,9 @@ class Parsed(Exception):
 PROGRAMS = (
     "eval_sense.py",
     "annotate_sense.py",
-    "app.py",
     "train_sense.py",
     "scripts/ablation.py",
     "scripts/get_backbones.py",
-    "scripts/make_space.py",
     "processing.report",
     "processing.synthesis",
     "benchmarks",
@@ -136,7 +134,7 @@ PROGRAMS = (
     "benchmarks.small_machines",
     "benchmarks.word_times",
 )
-OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
+OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py"}
 # Programs that are others' own: not looked at, but for the targets of make.
 FOREIGN = ("cat", "hf", "make", "pip")
 RUNNERS = ("python", "accelerate", "torchrun", "sense")
