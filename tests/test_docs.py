@@ -136,6 +136,7 @@ PROGRAMS = (
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py"}
 # Programs that are others' own: not looked at, but for the targets of make.
 FOREIGN = ("cat", "hf", "make", "pip")
+LAUNCHERS = ("num_processes", "nproc_per_node", "module")  # their options that we speak of
 RUNNERS = ("python", "accelerate", "torchrun", "sense")
 SPY = "\n".join(
     f'{name}() {{ printf "%s\\0" {name} "$@" >&3; printf "\\1\\0" >&3; }}' for name in (*FOREIGN, *RUNNERS)
@@ -166,7 +167,7 @@ def without_launcher(words: list[str]) -> list[str]:
     if runner == "accelerate":
         assert rest.pop(0) == "launch"
     while rest[0].startswith("--"):
-        assert rest[0] in ("--num_processes", "--nproc_per_node", "--module"), rest[0]
+        assert rest[0].removeprefix("--") in LAUNCHERS, rest[0]
         rest = rest[1 if rest[0] == "--module" else 2 :]
     return rest[1:] if rest[0] == "-m" else rest
 
@@ -268,7 +269,7 @@ def test_fields_and_options_in_the_text_exist(page, known_options):
 @pytest.fixture(scope="module")
 def known_options() -> set[str]:
     """The options of all programs."""
-    found = {*FIELDS, "num_processes", "nproc_per_node"}
+    found = {*FIELDS, *LAUNCHERS}
     with pytest.MonkeyPatch.context() as patch:
 
         def parse_args(self, *args, **kwargs):
