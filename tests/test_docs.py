@@ -325,15 +325,13 @@ def workplace(tmp_path_factory, tiny_whisper, tiny_llama) -> Path:
     return folder
 
 
-def runs(page: Path) -> bool:
-    return page.name != "add_a_task.md"  # below: it trains first
+RUNNING = [case for case in pages_with("python") if case.values[0].name != "add_a_task.md"]  # it trains first, below
 
 
-@pytest.mark.parametrize("page", [case for case in pages_with("python") if runs(case.values[0])])
+@pytest.mark.parametrize("page", RUNNING)
 def test_python_runs(page, workplace, monkeypatch):
     """All blocks of a page, one after the other, as a reader would run them."""
     monkeypatch.chdir(workplace)
-    monkeypatch.syspath_prepend(str(workplace))
     code = "\n".join(blocks(page, "python"))
     exec(compile(code, str(page), "exec"), {"__name__": "example"})
 
