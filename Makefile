@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench docs lint backbones
+.PHONY: quickstart test bench docs lint backbones browser
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,7 @@ quickstart: backbones
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
-test: lint backbones
+test: lint backbones browser
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed
@@ -39,6 +39,13 @@ bench: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build
+
+# A Chromium for the page's tests: the system's, Playwright's own, or Debian's.
+browser: $(VENV)/installed
+	@command -v chromium >/dev/null || $(BIN)/python -c "import os, sys; from playwright.sync_api import sync_playwright as play; \
+	    p = play().start(); found = os.path.exists(p.chromium.executable_path); p.stop(); sys.exit(not found)" || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update && apt-get install -y chromium; \
+	else echo "The page's tests need Chromium: run $(BIN)/playwright install --with-deps chromium"; exit 1; fi
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

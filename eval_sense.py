@@ -20,17 +20,16 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
     WhisperForConditionalGeneration,
 )
 
-import processing  # noqa: F401  registers the processor
 from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
+from processing.hub import load_checkpoint
 from processing.pipeline_sense import AnswerLimits
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, word_errors
@@ -227,23 +226,28 @@ def load_rows(args, split: str):
     )
 
 
+def measured_on(args) -> dict:
+    """What the scores are of, for the model card: the data (a folder by its own name) and the decoding."""
+    on_hub = not Path(args.dataset).exists()
+    return {
+        "dataset": args.dataset if on_hub else Path(args.dataset).resolve().name,
+        "on_hub": on_hub,
+        "config_name": args.config_name,
+        "split": args.split,
+        "num_beams": args.num_beams,
+    }
+
+
 def start_processes():
     """Lets a launcher's processes find each other on machines without a GPU too; before anything asks for them."""
     if not torch.accelerator.is_available():
         PartialState(cpu=True)
 
 
-def load_checkpoint(folder: str, dtype: str = "auto"):
-    """Model (eval mode, on the GPU where there is one) and processor of a saved SENSE folder or Hub id."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype)
-    return model.to(PartialState().device).eval(), processor
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_processes()
-    model, processor = load_checkpoint(args.model, args.dtype)
+    model, processor = load_checkpoint(args.model, args.dtype, revision=args.revision)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
     dataset = first_rows(load_rows(args, args.split), args.max_samples)
@@ -264,6 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
         metrics |= {f"{name}_shuffled": value for name, value in shuffled.items()}
     systems = run_controls(args, model, processor, dataset, tasks, how)
     metrics["controls"] = {name: score(rows, given) for name, given in systems.items()}
+    metrics["measured_on"] = measured_on(args)
     if PartialState().is_main_process:
         table = utterance_table(dataset, answers, parsed)
         report.write_evaluation(Path(args.output_dir), metrics, table, args.show)
@@ -272,7 +277,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a SENSE checkpoint")
+    parser.add_argument("--model", required=True, help="SENSE model or adapter: folder or Hub id")
+    parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
     parser.add_argument("--dataset", required=True, help="audiofolder, LibriSpeech tree or Hub dataset")
     parser.add_argument("--config_name", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="test")

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+APP = ["gradio>=6.31,<7"]  # the page
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
 DOCS = [  # `make docs`, and the notebook that the tests run
     "mkdocs-material>=9.6,<10",
@@ -25,7 +26,7 @@ setup(
     packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"])
     + ["recipes", "recipes.mini"],
     package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"], "": ["*.yaml"]},
-    py_modules=["annotate_sense", "train_sense", "eval_sense", "sense_cli"],
+    py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "train_sense"],
     entry_points={"console_scripts": ["sense=sense_cli:cli"]},
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
@@ -47,6 +48,7 @@ setup(
         "gguf>=0.17,<1",  # backbones without the Hub
         "filelock>=3.16",
         "numpy>=2.0,<3",
+        "silero-vad>=6.2,<7",  # where long recordings are cut
         "pyyaml>=6.0,<7",
         "rich>=14,<16",
         "matplotlib>=3.9,<4",
@@ -55,8 +57,19 @@ setup(
         "typer>=0.20,<1",
     ],
     extras_require={
+        "app": APP,
         "controls": CONTROLS,
         "docs": DOCS,
-        "dev": [*CONTROLS, *DOCS, "transformers[serving]", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.13,<1"],
+        "dev": [
+            *APP,
+            *CONTROLS,
+            *DOCS,
+            "transformers[serving]",
+            "hypothesis>=6.100,<7",
+            "playwright>=1.50,<2",
+            "pocketsphinx>=5.0,<6",  # the forced alignment that word times are compared with
+            "pytest>=8,<10",
+            "ruff>=0.13,<1",
+        ],
     },
 )

@@ -36,6 +36,8 @@ from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
 from processing.encoder_cache import build_cache
+from processing.hub import CARD
+from processing.model_card import make_card, record_training
 from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, write_text
 from processing.scoring import score
@@ -589,10 +591,13 @@ def main(argv: list[str] | None = None) -> dict:
         model.remove_classifier()
         if encoder is not None:
             model.attach_encoder(encoder)
-        model.save_pretrained(training.output_dir)
-        processor.save_pretrained(training.output_dir)
-        plot_training({"": trainer.state.log_history}, Path(training.output_dir) / "training.png")
-        write_text(Path(training.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        folder = Path(training.output_dir)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        plot_training({"": trainer.state.log_history}, folder / "training.png")
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        record_training(folder, {**vars(args), **training.to_dict()}, train, trainer.state, sizes)
+        write_text(folder / CARD, str(make_card(model, processor, repo_id=str(folder), run=folder)))
     return metrics
 
 

@@ -1,12 +1,29 @@
 """Configuration of SENSE: a Whisper encoder, a pooling adapter and a Llama-like language model."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 AUDIO_TOKEN_MODES = ("trim", "fixed")
 CLASSIFIER_FIELDS = {"labels", "multi_label", "weights", "channels", "alpha"}
+# Where the Auto classes find the code that `save_pretrained` writes beside the weights (`trust_remote_code=True`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_sense.SenseConfig",
+    "AutoModel": "modeling_sense.SenseModel",
+    "AutoModelForSpeechSeq2Seq": "modeling_sense.SenseForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_sense.SenseForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "spoken-language-understanding": {
+        "impl": "pipeline_sense.SpokenLanguageUnderstandingPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "type": "audio",
+    }
+}
 
 
 @strict
@@ -76,6 +93,9 @@ class SenseConfig(PreTrainedConfig):
     backbones: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            for name in ("auto_map", "custom_pipelines"):  # of the code beside the weights: this is the installed one
+                kwargs.pop(name, None)
         super().__post_init__(**kwargs)
         # The composite ties what its language model ties.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
@@ -87,6 +107,16 @@ class SenseConfig(PreTrainedConfig):
             raise ValueError(f"num_audio_tokens must be within 1 and {frames}, found {self.num_audio_tokens}")
         if self.classifier is not None:
             check_classifier(self.classifier)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`~PreTrainedConfig.save_pretrained`], naming what the Auto classes and `pipeline` find beside it."""
+        saved = copy.deepcopy(self)
+        saved.audio_config.name_or_path = saved.text_config.name_or_path = ""  # a path here; `backbones` has the ids
+        saved.auto_map, saved.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+        super(SenseConfig, saved).save_pretrained(save_directory, **kwargs)
+
+
+SenseConfig.register_for_auto_class()
 
 
 def check_classifier(classifier: dict):

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,7 +33,12 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import (
+    TRANSFORMERS_DYNAMIC_MODULE_NAME,
+    can_return_tuple,
+    resolve_revision,
+    torch_compilable_check,
+)
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_sense import SenseConfig, check_classifier
@@ -175,12 +184,15 @@ class SensePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What is trained stays in fp32 beside a bf16 backbone: Adam's small steps vanish in bf16.
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "lora_A", "lora_B", "classifier"]
+    loaded_revision: str | None = None  # of the Hub, where the processor lies too
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As [`~PreTrainedModel.from_pretrained`]; the backbones come back frozen, as they were saved."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loaded_revision = kwargs.get("revision")
+        model.freeze_backbones()
         return loaded
 
     @torch.no_grad()
@@ -676,7 +688,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             ValueError: a task that the model has no prompt for.
         """
         if processor is None:
-            processor = AutoProcessor.from_pretrained(self.name_or_path)
+            # Code that came with the model is trusted already.
+            from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+            processor = AutoProcessor.from_pretrained(
+                self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub or None
+            )
         inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
@@ -719,18 +735,16 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `audio` is not a Whisper model, or `text` not a decoder-only language model.
         """
-        revisions = revisions or {}
+        sources, revisions = {"audio": audio, "text": text}, revisions or {}
+        revisions = {name: _commit_of(source, revisions.get(name)) for name, source in sources.items()}
         shared = {"dtype": dtype or torch.float32}
-        encoder = _load_encoder(audio, revisions.get("audio", "main"), shared)
-        lm, audio_token_id = _load_language_model(text, revisions.get("text", "main"), shared)
+        encoder = _load_encoder(audio, revisions["audio"], shared)
+        lm, audio_token_id = _load_language_model(text, revisions["text"], shared)
         config = SenseConfig(
             audio_config=encoder.config,
             text_config=lm.config,
             audio_token_id=audio_token_id,
-            backbones={
-                name: {"id": str(source), "revision": revisions.get(name) or getattr(part, "_commit_hash", None)}
-                for name, source, part in (("audio", audio, encoder.config), ("text", text, lm.config))
-            },
+            backbones={name: {"id": str(source), "revision": revisions[name]} for name, source in sources.items()},
             **config_kwargs,
         )
         # Built on the meta device, then given the real parts: no second copy of the weights is ever made.
@@ -776,7 +790,10 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         """
         if self.config.lora is None:
             raise ValueError("this model has no LoRA to merge")
-        from peft.tuners.lora import LoraLayer
+        try:
+            from peft.tuners.lora import LoraLayer
+        except ImportError as error:
+            raise ImportError("this model has LoRA weights: pip install peft") from error
 
         for name, module in list(self.model.language_model.named_modules()):
             if isinstance(module, LoraLayer):
@@ -863,6 +880,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbones": self.config.backbones, "fingerprint": self.backbone_fingerprint()}
+        about["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
         about |= {field: getattr(self.config, field) for field in ADAPTER_FIELDS}
         if inference:
             about["classifier"] = None
@@ -872,20 +890,68 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         os.replace(weights, folder / ADAPTER_WEIGHTS)
         os.replace(settings, folder / ADAPTER_CONFIG)
 
-    def load_adapter(self, folder: str | os.PathLike):
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        backbones: dict[str, str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        **kwargs,
+    ) -> "SenseForConditionalGeneration":
         """
-        Reads what `save_adapter` wrote into this model, strictly. LoRA and a classifier that are there and not in
-        this model are added to it.
+        Composes the backbones that an adapter was trained on, and loads it, in eval mode.
+
+        Args:
+            folder: what `save_adapter` wrote, a folder or a Hub id.
+            revision: of the adapter on the Hub: branch, tag or commit.
+            token: for the Hub, where the adapter is private.
+            backbones: `{"audio": ..., "text": ...}`, ids or folders to take in place of those that the adapter
+                names: copies of the same weights.
+            dtype: of the backbones; by default (and with `"auto"`) the one that they were trained in.
+            kwargs: as for `from_backbones`, such as `attn_implementation`.
+
+        Raises:
+            ValueError: no adapter there, one from the Hub that names a folder as its backbone, backbones with other
+                weights, or what `load_adapter` refuses.
+        """
+        source, folder = str(folder), fetch_adapter(folder, revision, token)
+        about, backbones = read_adapter_config(folder), backbones or {}
+        sources, revisions = dict(backbones), {}
+        for part in ("audio", "text"):
+            if part in backbones:
+                continue
+            try:
+                sources[part], revisions[part] = (about["backbones"][part][key] for key in ("id", "revision"))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{folder / ADAPTER_CONFIG}: it names no {part} backbone; give backbones") from error
+            if not Path(source).is_dir():
+                _require_hub_id(sources[part], f"{source}: {ADAPTER_CONFIG}, {part} backbone")
+        if dtype in (None, "auto"):
+            dtype = about["dtype"]
+        settings = {field: about[field] for field in ("num_audio_tokens", "audio_tokens")}
+        model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings, **kwargs)
+        model.load_adapter(folder)
+        model.config.backbones = about["backbones"]  # not where copies of them lie on this machine
+        model.name_or_path = str(folder)  # the processor lies there too
+        return model.eval()
+
+    def load_adapter(self, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None):
+        """
+        Reads what `save_adapter` wrote, in a folder or on the Hub, into this model, strictly. LoRA and a classifier
+        that are there and not in this model are added to it.
+
+        Args:
+            revision: on the Hub: branch, tag or commit.
+            token: for the Hub, where the adapter is private.
 
         Raises:
             ValueError: other backbones or settings, or a tensor that is missing, unexpected or of another shape.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        about = read_adapter_config(folder)
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_WEIGHTS}")
+        folder = fetch_adapter(folder, revision, token)
+        about, state = read_adapter_config(folder), _read_adapter_weights(folder)
         if about["fingerprint"] != self.backbone_fingerprint():
             raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
         if about["lora"] is not None and self.config.lora is None:
@@ -897,7 +963,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{folder}: {field} is {about[field]!r} there, {getattr(self.config, field)!r} in this model"
                 )
-        state, mine = load_file(folder / ADAPTER_WEIGHTS), self.trained_state_dict()
+        mine = self.trained_state_dict()
         missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         shapes = [k for k in state.keys() & mine.keys() if state[k].shape != mine[k].shape]
         if missing or unexpected or shapes:
@@ -919,18 +985,70 @@ def _pad_left(rows: list[list[int]], pad: int, device) -> tuple[torch.LongTensor
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def fetch_adapter(folder: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    The folder of an adapter: `folder` itself where there is one, else the files of that Hub id, fetched.
+
+    Raises:
+        ValueError: neither a folder nor a Hub id that can be read.
+    """
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        # The adapter and the processor beside it; never pickles, nor the weights of a whole model.
+        wanted = [ADAPTER_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(snapshot_download(str(folder), revision=revision, token=token, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"{folder} is no adapter folder, and no Hub id that can be read{at} ({_first_line(error)})"
+        ) from error
+
+
 def read_adapter_config(folder: str | os.PathLike) -> dict:
     """
     What `save_adapter` says of an adapter: backbones, fingerprint and settings.
 
     Raises:
-        ValueError: `folder` is no adapter folder.
+        ValueError: `folder` is no adapter folder, or its settings can't be read.
     """
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}")
-    about = json.loads(path.read_text())
-    return {"classifier": None, **about}  # older folders do not know of classifiers
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if missing := sorted({"backbones", "fingerprint", "lora", "num_audio_tokens", "audio_tokens"} - set(about)):
+        raise ValueError(f"{path}: it lacks {', '.join(missing)}; write it with save_adapter")
+    return {"classifier": None, "dtype": None, **about}  # older folders do not know of these
+
+
+def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder; pickled ones, which can run code, are not read."""
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_WEIGHTS}, and no other format is read")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not readable as safetensors ({error})") from error
+
+
+def _require_hub_id(name: str, where: str):
+    """Raises ValueError for what is a folder: an adapter from elsewhere does not choose files of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{where}: {name!r} is no Hub id; say in backbones what to take") from error
+    if Path(name).exists():
+        raise ValueError(f"{where}: {name!r}, which is a file or folder here too; say in backbones what to take")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def is_trained(name: str) -> bool:
@@ -951,7 +1069,13 @@ def inject_lora(language_model: nn.Module, lora: dict):
             parameter.data = parameter.data.float()
 
 
-def _load_encoder(audio: str | os.PathLike, revision: str, kwargs: dict) -> WhisperEncoder:
+def _commit_of(source: str | os.PathLike, revision: str | None) -> str | None:
+    """The Hub's commit of a branch or tag, by default of the main branch; of a folder what was given."""
+    found = resolve_revision(source, revision)
+    return getattr(found, "resolved", found)
+
+
+def _load_encoder(audio: str | os.PathLike, revision: str | None, kwargs: dict) -> WhisperEncoder:
     """The encoder of a whole Whisper checkpoint, or of an encoder-only one; no weight may be missing."""
     config = AutoConfig.from_pretrained(audio, revision=revision)
     if config.model_type != "whisper":
@@ -964,7 +1088,7 @@ def _load_encoder(audio: str | os.PathLike, revision: str, kwargs: dict) -> Whis
     return model if encoder_only else model.encoder
 
 
-def _load_language_model(text: str | os.PathLike, revision: str, kwargs: dict):
+def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: dict):
     """The causal language model with a row for the audio placeholder, and the placeholder's id."""
     config = AutoConfig.from_pretrained(text, revision=revision)
     if config.is_encoder_decoder or config.model_type == "whisper":
@@ -994,5 +1118,8 @@ def _generation_config(lm: PreTrainedModel, audio_token_id: int) -> GenerationCo
     ours.suppress_tokens = [audio_token_id]
     return ours
 
+
+SenseModel.register_for_auto_class("AutoModel")
+SenseForConditionalGeneration.register_for_auto_class("AutoModelForSpeechSeq2Seq")
 
 __all__ = ["SenseAdapter", "SenseClassifier", "SenseForConditionalGeneration", "SenseModel", "SensePreTrainedModel"]

@@ -1,16 +1,24 @@
-"""Speech and text -> model inputs, and back. Loads alone: it needs no other file of this package."""
+"""
+Speech and text -> model inputs, and back. Loads from the Hub where this package is not installed: torchaudio is
+needed for resampling only.
+"""
 
 import io
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchFeature, WhisperFeatureExtractor
 from transformers.processing_utils import ProcessorMixin
+
+
+if TYPE_CHECKING:
+    # What else goes to the Hub: `save_pretrained` copies each file that is imported like this, and what that imports.
+    from .pipeline_sense import SpokenLanguageUnderstandingPipeline  # noqa: F401
 
 
 AUDIO_TOKEN = "<|audio|>"
@@ -175,7 +183,13 @@ def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:
     # The filter grows with the terms of the ratio. Bounding them keeps usual rates exact (44100 / 16000 is 441 / 160)
     # and an odd one, such as 44101, right within 0.01 %, in place of gigabytes of filter.
     ratio = Fraction(int(rate), target).limit_denominator(640)
-    return torchaudio.functional.resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
+    try:
+        from torchaudio.functional import resample
+    except ImportError as error:
+        raise ImportError(
+            f"audio at {rate} Hz: pip install torchaudio, which brings it to {target} Hz, or give it at that rate"
+        ) from error
+    return resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
 
 
 class SenseProcessor(ProcessorMixin):
@@ -451,6 +465,9 @@ class SenseProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]
+
+
+SenseProcessor.register_for_auto_class()
 
 
 def check_chunk_length(seconds: float):

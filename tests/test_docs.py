@@ -124,16 +124,18 @@ class Parsed(Exception):
 PROGRAMS = (
     "eval_sense.py",
     "annotate_sense.py",
+    "app.py",
     "train_sense.py",
     "scripts/ablation.py",
     "scripts/get_backbones.py",
+    "scripts/make_space.py",
     "processing.report",
     "processing.synthesis",
     "benchmarks",
     "benchmarks.long_audio",
     "benchmarks.word_times",
 )
-OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py"}
+OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
 # Programs that are others' own: not looked at, but for the targets of make.
 FOREIGN = ("cat", "hf", "make", "pip")
 LAUNCHERS = ("num_processes", "nproc_per_node", "module")  # their options that we speak of

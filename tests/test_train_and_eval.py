@@ -11,6 +11,7 @@ import pytest
 import spacy
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import WhisperModel
 
@@ -19,6 +20,7 @@ import train_sense
 from modeling_sense import SenseModel
 from processing import report
 from processing.datasets import load_corpus
+from processing.hub import export_model
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
@@ -94,6 +96,38 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
 
     report.main([str(tmp_path / "both.png"), f"one={out}", f"two={out}"])
     assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
+
+
+def test_the_card_tells_how_a_model_was_trained_and_scored(recipe, corpus, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_sense.main([recipe(output_dir=str(one)), "--max_steps", "1"])
+    (one / "training.json").rename(tmp_path / "kept")  # as of a stage before there were any
+    train_sense.main([recipe(output_dir=str(two), init_from=str(one)), "--max_steps", "2"])
+    assert [stage and stage["steps"] for stage in json.loads((two / "training.json").read_text())] == [None, 2]
+    (tmp_path / "kept").rename(one / "training.json")
+    train_sense.main([recipe(output_dir=str(two), init_from=str(one)), "--max_steps", "3"])
+    card = ModelCard.load(two / "README.md")
+    assert not {"language", "datasets", "model-index"} & card.data.to_dict().keys()  # a folder is no Hub id
+    name = Path(corpus).name
+    for told in (
+        f"### Stage 1\n\n{name}: 12 clips, 0.00 h; 1 steps",
+        f"### Stage 2\n\n{name}: 12 clips, 0.00 h; 3 steps",
+        "| learning_rate | 0.001 |",
+        "| validation, greedy | % |",
+        "It was not scored on a test set.",
+        "Languages: not recorded.",
+    ):
+        assert told in card.text, told
+    assert corpus not in card.content and "lora_alpha" not in card.text  # it had no LoRA
+    asked = ["--dataset", corpus, "--tasks", "asr"]
+    whole = eval_sense.main(["--model", str(two), "--output_dir", str(two / "test"), *asked])
+    exported = export_model(two, tmp_path / "export", metrics=[two / "test"])
+    (result,) = [r for r in ModelCard.load(exported / "README.md").data.eval_results if r.metric_name == "WER"]
+    assert (result.metric_value, result.dataset_name) == (round(whole["wer"], 2), name)
+    checkpoint = eval_sense.main(  # of the same weights, without the backbones
+        ["--model", str(two / "checkpoint-3"), "--output_dir", str(tmp_path / "scored"), *asked]
+    )
+    assert checkpoint["wer"] == whole["wer"]
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

@@ -39,7 +39,8 @@ def equal(batch, other) -> bool:
 def test_saved_parts_are_those_of_before(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     for loaded in (SenseProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
-        assert loaded.to_dict() == processor.to_dict()
+        # What was saved notes where its code lies; the installed class does not.
+        assert loaded.to_dict() == {k: v for k, v in processor.to_dict().items() if k != "auto_map"}
         assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
         assert loaded.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
     # The parts alone, too, as other programs take them.
@@ -49,7 +50,7 @@ def test_saved_parts_are_those_of_before(processor, tmp_path):
 
 def test_files_hold_each_thing_once(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
+    assert {file.name for file in tmp_path.iterdir() if file.suffix != ".py"} == {
         "chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
     saved = json.loads((tmp_path / "processor_config.json").read_text())

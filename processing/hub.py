@@ -1,0 +1,214 @@
+"""Checkpoints from a folder or the Hub, folders made ready for the Hub, and their upload."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
+
+from modeling_sense import SenseForConditionalGeneration
+from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fetch_adapter, read_adapter_config
+from scripts.get_backbones import resolve_backbone
+
+from .model_card import make_card
+from .processing_sense import SenseProcessor
+from .report import write_text
+
+
+CARD = "README.md"
+# The Hub's copy follows the folder in these: an adapter that replaces a whole model leaves no weights of that behind.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG, "*.py"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def load_checkpoint(
+    folder: str | os.PathLike, dtype: str = "auto", *, revision: str | None = None, token: str | None = None
+) -> tuple[SenseForConditionalGeneration, SenseProcessor]:
+    """
+    Model (eval mode, on the GPU where there is one) and processor of a whole model or an adapter.
+
+    Args:
+        folder: what `save_pretrained` or `save_adapter` wrote, the processor beside it: a folder or a Hub id.
+        dtype: auto (as saved; of an adapter: as trained), float32, bfloat16 or float16.
+        revision: on the Hub: branch, tag or commit.
+        token: for the Hub, where it is private.
+
+    Raises:
+        OSError: no processor there.
+        ValueError: neither a whole model nor an adapter there, or what `SenseForConditionalGeneration.from_adapter`
+            refuses.
+    """
+    where = {"revision": revision, "token": token}
+    processor = AutoProcessor.from_pretrained(folder, **where)
+    if _is_whole(folder, **where):
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **where)
+    else:
+        named = read_adapter_config(fetch_adapter(folder, **where))["backbones"] or {}
+        named = {part: _resolved(named[part]["id"]) for part in ("audio", "text") if part in named}
+        backbones = {part: folder for part, folder in named.items() if folder}
+        model = SenseForConditionalGeneration.from_adapter(folder, backbones=backbones, dtype=dtype, **where)
+    return model.to(PartialState().device).eval(), processor
+
+
+def _is_whole(folder: str | os.PathLike, **where) -> bool:
+    try:
+        return bool(cached_file(folder, CONFIG_NAME, **where))
+    except OSError:  # not there; whether there is an adapter is seen next
+        return False
+
+
+def _resolved(name: str) -> str | None:
+    """The folder of a backbone that goes by a name of ours or its Hub id; None for any other."""
+    folder = resolve_backbone(name)
+    return None if folder == name else folder
+
+
+def export_model(
+    model: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    adapter_only: bool = False,
+    revision: str | None = None,
+    dtype: str = "auto",
+    metrics: Sequence[str | os.PathLike] = (),
+    datasets: Sequence[str] = (),
+    repo_id: str | None = None,
+    language: Sequence[str] = (),
+    license: str | None = None,
+) -> Path:
+    """
+    Writes a folder that can be published as it is: weights (or the adapter alone), processor, code and model card.
+
+    Args:
+        model: output folder or checkpoint of train_sense.py, any other that `load_checkpoint` takes, or a Hub id.
+        output_dir: of the new folder; it must not exist.
+        adapter_only: what was trained alone, megabytes; whoever loads it gets the backbones from where it says.
+        revision: of `model` on the Hub.
+        dtype: of the backbones' weights; auto as they are.
+        metrics: metrics.json files of eval_sense.py, or their folders, for the card.
+        datasets: Hub ids or names of what it was trained on, beside what the run itself recorded.
+        repo_id: where it will be published, for the card.
+        language: ISO codes, beside those that the run recorded.
+        license: the Hub's identifier, such as apache-2.0. None is claimed by default.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: `output_dir` exists, a metrics file can't be read, `adapter_only` of a model whose LoRA was merged
+            or whose backbones are folders of this machine.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise ValueError(f"{output_dir} exists: name a folder that does not")
+    loaded, processor = load_checkpoint(model, dtype, revision=revision)
+    loaded.remove_classifier()
+    loaded.config.backbones = published_backbones(loaded.config.backbones, adapter_only)
+    card = make_card(
+        loaded,
+        processor,
+        run=model if Path(model).is_dir() else None,
+        metrics=metrics,
+        datasets=datasets,
+        repo_id=repo_id or output_dir.name,
+        language=language,
+        license=license,
+        adapter_only=adapter_only,
+    )
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if adapter_only:
+        loaded.save_adapter(temporary, inference=True)
+        custom_object_save(loaded, temporary)  # the code, as save_pretrained writes it
+    else:
+        loaded.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    write_text(temporary / CARD, str(card))
+    for weights in temporary.glob("*.safetensors"):
+        weights.chmod(0o644)  # save_pretrained leaves them 0600
+    os.replace(temporary, output_dir)
+    return output_dir
+
+
+def published_backbones(backbones: dict | None, needed: bool) -> dict | None:
+    """
+    The backbones as others can find them: by Hub id and revision where these very weights came from the Hub. Of a
+    folder of this machine its own name is kept, or with `needed` none: ValueError.
+    """
+    found = dict(backbones or {})
+    for part in ("audio", "text"):
+        if part not in found:
+            if needed:
+                raise ValueError(f"adapter_only: it is not known where the {part} backbone came from")
+            continue
+        folder = _resolved(found[part]["id"])
+        source = Path(folder or found[part]["id"]) / "SOURCE.json"  # of scripts/get_backbones.py
+        origin = json.loads(source.read_text())["source"] if source.is_file() else ""
+        if origin.startswith("hub:"):
+            name, _, commit = origin.removeprefix("hub:").partition("@")
+            found[part] = {"id": name, "revision": commit}
+        elif folder is None and Path(found[part]["id"]).is_dir():
+            if needed:
+                raise ValueError(
+                    f"adapter_only: the {part} backbone is {found[part]['id']}, which others do not have; train on a "
+                    "Hub id, or export the whole model"
+                )
+            found[part] = {"id": Path(found[part]["id"]).resolve().name, "revision": None}
+    return found or None
+
+
+def push_model(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Uploads what `export_model` wrote, in place of an earlier upload's weights and code; other files there stay.
+
+    Args:
+        folder: of `export_model`.
+        repo_id: `name` or `owner/name`, created if it is not there.
+        private: make a new repository private.
+        revision: branch, created if it is not there; the main one by default.
+        token: by default the one of `hf auth login`, or HF_TOKEN.
+
+    Returns:
+        address of the commit.
+
+    Raises:
+        ValueError: the folder is not whole, or holds pickles.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+    """
+    folder = Path(folder)
+    _check_export(folder)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        delete_patterns=REPLACED,
+        commit_message="Upload SENSE adapter" if (folder / ADAPTER_CONFIG).is_file() else "Upload SENSE model",
+    )
+    return commit.commit_url
+
+
+def _check_export(folder: Path):
+    weights = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (folder / ADAPTER_CONFIG).is_file() else (CONFIG_NAME,)
+    for name in (*weights, PROCESSOR_NAME, "modeling_sense.py", CARD):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} can't be published: it has no {name}; make it with export_model")
+    if pickles := sorted(path.name for pattern in PICKLES for path in folder.rglob(pattern)):
+        raise ValueError(f"{folder} can't be published: it holds {pickles[0]}; make it with export_model")
