@@ -21,8 +21,8 @@ import numpy as np
 import soundfile
 from transformers import TextStreamer
 
-from eval_sense import load_checkpoint
 from processing.grammar import sentences
+from processing.hub import load_checkpoint
 from processing.long_audio import RATE, SPEECH, SpeechDetector, read_blocks
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.processing_sense import MAX_SECONDS, open_audio

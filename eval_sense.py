@@ -26,6 +26,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from modeling_sense import QUANTIZATIONS
 from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
@@ -247,7 +248,8 @@ def start_processes():
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_processes()
-    model, processor = load_checkpoint(args.model, args.dtype, revision=args.revision)
+    how = {"revision": args.revision, "quantize": args.quantize}
+    model, processor = load_checkpoint(args.model, args.dtype, **how)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
     dataset = first_rows(load_rows(args, args.split), args.max_samples)
@@ -289,6 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the language model in 8 or 4 bits")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=[], help="what to compare with")
     parser.add_argument("--shuffled_control", action="store_true", help="also score with the clips shuffled")
     parser.add_argument("--show", type=int, default=10, help="how many of the worst utterances to print")

@@ -61,6 +61,7 @@ Output = Annotated[
 NumBeams = Annotated[int, typer.Option(min=1, help="Of beam search; 1 is greedy.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows, of at most 30 s, heard at a time.")]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda:1. By default the GPU where there is one.")]
+Quantize = Annotated[Literal["int8", "int4"] | None, typer.Option(help="Hold the language model in fewer bits.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of weights; auto: as saved.")]
 
 
@@ -95,6 +96,7 @@ def transcribe(
     batch_size: BatchSize = 8,
     device: Device = "",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ):
     """
     Write what recordings say: text, JSON with the time of each word, or subtitles.
@@ -105,7 +107,7 @@ def transcribe(
     if reference and form in ("srt", "vtt"):
         raise typer.BadParameter("goes with text and --json", param_hint="--reference")
     sources = _sources(files, form, output)
-    pipe = _load(model, device, dtype, {"asr"})
+    pipe = _load(model, device, dtype, quantize, {"asr"})
     how = {"return_entities": False, "return_sentiment": False, "return_timestamps": form != "txt" and "word"}
     results = _hear(pipe, sources, batch_size=batch_size, generate_kwargs={"num_beams": num_beams}, **how)
     _write(results, form, output, many=len(sources) > 1, reference=reference)
@@ -123,6 +125,7 @@ def understand(
     batch_size: BatchSize = 8,
     device: Device = "",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ):
     """
     Write what recordings say, what they name and when, and how it was meant.
@@ -131,7 +134,7 @@ def understand(
     """
     form = _form(json=as_json, srt=as_srt, vtt=as_vtt)
     sources = _sources(files, form, output)
-    pipe = _load(model, device, dtype, {"ner", "sa"})
+    pipe = _load(model, device, dtype, quantize, {"ner", "sa"})
     how = {"return_timestamps": "word", "generate_kwargs": {"num_beams": num_beams}}
     _write(_hear(pipe, sources, batch_size=batch_size, **how), form, output, many=len(sources) > 1)
 
@@ -236,13 +239,14 @@ def _sources(files: list[str], form: str, output: Path | None) -> dict:
     return sources
 
 
-def _load(model: str, device: str, dtype: str, tasks: set[str]):
+def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[str]):
     """The pipeline of a model that was trained for at least one of the tasks."""
     import torch
     from transformers.utils import logging
 
-    from eval_sense import load_checkpoint, start_processes
+    from eval_sense import start_processes
     from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
+    from processing.hub import load_checkpoint
 
     if device:
         try:
@@ -253,8 +257,8 @@ def _load(model: str, device: str, dtype: str, tasks: set[str]):
     start_processes()
     logging.disable_progress_bar()
     try:
-        loaded, processor = load_checkpoint(model, dtype)
-    except (OSError, ValueError) as error:
+        loaded, processor = load_checkpoint(model, dtype, quantize=quantize)
+    except (OSError, ValueError, ImportError) as error:
         _fail(f"{model} is no model that can be loaded: {error}")
     if not isinstance(processor, SenseProcessor):
         _fail(f"{model} is no SENSE model")

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]  # the language model in 8 or 4 bits
 APP = ["gradio>=6.31,<7"]  # the page
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
 DOCS = [  # `make docs`, and the notebook that the tests run
@@ -60,10 +61,12 @@ setup(
         "app": APP,
         "controls": CONTROLS,
         "docs": DOCS,
+        "quantize": QUANTIZE,
         "dev": [
             *APP,
             *CONTROLS,
             *DOCS,
+            *QUANTIZE,
             "transformers[serving]",
             "hypothesis>=6.100,<7",
             "playwright>=1.50,<2",

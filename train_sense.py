@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
 from eval_sense import parse_answers, shuffle_audio, start_processes, understand
-from modeling_sense import SenseForConditionalGeneration
+from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration
 from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
 from processing.annotation.noise import RATES, add_noise, with_annotation
@@ -55,6 +55,8 @@ class SenseArguments:
     text_backbone: str = field(
         default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", metadata={"help": "language model: Hub id or folder"}
     )
+    gguf_file: str = field(default=None, metadata={"help": "a GGUF file in text_backbone, in place of its weights"})
+    quantize: str = field(default=None, metadata={"help": "hold the language model in int8 or int4; none: as floats"})
     backbone_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen weights"})
     text_attn_implementation: str = field(
         default=None, metadata={"help": "the language model's attention: on CPUs eager trains faster than sdpa"}
@@ -149,6 +151,8 @@ class SenseArguments:
                     "label_noise without filter_labels puts words into the transcripts: train the task ner alone, "
                     f"found tasks {', '.join(self.tasks)}"
                 )
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantize: give {' or '.join(QUANTIZATIONS)}, found {self.quantize!r}")
         if self.classifier not in (None, "ner", "sa"):
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
 
@@ -357,14 +361,19 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
     with PartialState().main_process_first():  # one process downloads
         audio, text = resolve_backbone(args.audio_backbone), resolve_backbone(args.text_backbone)
     tokens = {"num_audio_tokens": args.num_audio_tokens, "audio_tokens": args.audio_tokens}
-    processor = SenseProcessor.from_backbones(audio, text, prompts=args.prompts, **tokens)
+    processor = SenseProcessor.from_backbones(audio, text, prompts=args.prompts, gguf_file=args.gguf_file, **tokens)
     how = {"dtype": getattr(torch, args.backbone_dtype)}
     if args.text_attn_implementation:
         how["attn_implementation"] = {"text_config": args.text_attn_implementation}
     if args.init_from and not (Path(args.init_from) / ADAPTER_CONFIG).is_file():
         model = SenseForConditionalGeneration.from_pretrained(args.init_from, **how)
         _require_same(args, model.config)
+        if args.quantize and model.quantization is None:
+            model.quantize(args.quantize)
+        if args.quantize != model.quantization:
+            raise ValueError(f"{args.init_from} holds {model.quantization} weights, the recipe says {args.quantize}")
     else:
+        how |= {"gguf_file": args.gguf_file, "quantize": args.quantize}
         model = SenseForConditionalGeneration.from_backbones(audio, text, **how, **tokens)
         # By the name in the recipe: a path of this machine would mean nothing on another.
         model.config.backbones["audio"]["id"] = args.audio_backbone
@@ -386,6 +395,7 @@ def _require_same(args: SenseArguments, config):
     """Raises ValueError where the model of an earlier stage is not the one that the recipe describes."""
     found = {name: config.backbones[name]["id"] for name in ("audio", "text")}
     found = {f"{name}_backbone": source for name, source in found.items()}
+    found["gguf_file"] = config.backbones["text"].get("gguf_file")
     found |= {"num_audio_tokens": config.num_audio_tokens, "audio_tokens": config.audio_tokens}
     for name, value in found.items():
         if value != getattr(args, name):

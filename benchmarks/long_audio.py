@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from eval_sense import load_checkpoint, load_rows
+from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
+from processing.hub import load_checkpoint
 from processing.processing_sense import load_audio
 from processing.report import markdown_table, write_text
 from processing.scoring import word_errors

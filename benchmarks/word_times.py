@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from eval_sense import load_checkpoint, load_rows
+from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
 from processing.alignment import monotonic_path, standardize, word_times
+from processing.hub import load_checkpoint
 from processing.pipeline_sense import SECONDS_PER_FRAME
 from processing.processing_sense import MAX_SECONDS, load_audio
 from processing.report import markdown_table, write_text

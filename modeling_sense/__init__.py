@@ -11,6 +11,7 @@ from .modeling_sense import (
     SenseModel,
     SensePreTrainedModel,
 )
+from .quantization_sense import QUANTIZATIONS, quantization_config
 
 
 AutoConfig.register("sense", SenseConfig)
@@ -22,10 +23,12 @@ AutoModelForMultimodalLM.register(SenseConfig, SenseForConditionalGeneration)
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES["sense"] = "SenseForConditionalGeneration"
 
 __all__ = [
+    "QUANTIZATIONS",
     "SenseAdapter",
     "SenseClassifier",
     "SenseConfig",
     "SenseForConditionalGeneration",
     "SenseModel",
     "SensePreTrainedModel",
+    "quantization_config",
 ]

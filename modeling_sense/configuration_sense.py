@@ -48,8 +48,9 @@ class SenseConfig(PreTrainedConfig):
             The regulariser of [`SenseClassifier`], or None. Set by `add_classifier`: `labels` (names), `multi_label`,
             `weights` (one a label, or None), `channels` (of its three convolutions), `alpha` (its share of the loss).
         backbones (`dict`, *optional*):
-            Where the frozen weights came from: `{"audio": {"id", "revision"}, "text": {"id", "revision"}}`.
-            Set by `from_backbones`.
+            Where the frozen weights came from: `{"audio": {"id", "revision"}, "text": {"id", "revision"}}`, and
+            `gguf_file` beside the latter where it was one; set by `from_backbones`. `fingerprint`: that of the
+            weights before they were quantised; set by `quantize`.
 
     Raises:
         ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, `num_audio_tokens` is not within 1 and the

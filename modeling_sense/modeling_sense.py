@@ -40,8 +40,17 @@ from transformers.utils import (
     torch_compilable_check,
 )
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.quantization_config import GgufConfig
 
 from .configuration_sense import SenseConfig, check_classifier
+from .quantization_sense import (
+    keep_unpacked,
+    name_of,
+    of_language_model,
+    quantization_config,
+    quantize_in_place,
+    settle,
+)
 
 
 AUDIO_TOKEN = "<|audio|>"
@@ -188,12 +197,31 @@ class SensePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As [`~PreTrainedModel.from_pretrained`]; the backbones come back frozen, as they were saved."""
+        """
+        As [`~PreTrainedModel.from_pretrained`]; the backbones come back frozen, as they were saved. A
+        `quantization_config` holds for the linear layers of the language model, and for nothing else.
+
+        Raises:
+            ValueError: the checkpoint is quantised already, in another way.
+        """
+        asked = kwargs.get("quantization_config")
+        if asked is not None:
+            asked = kwargs["quantization_config"] = of_language_model(asked)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = kwargs.get("revision")
+        if asked is not None and model.quantization != name_of(asked):
+            raise ValueError(f"{args[0]} holds {model.quantization} weights: it can't be loaded as {name_of(asked)}")
+        if model.quantization is not None:
+            settle(model)
         model.freeze_backbones()
         return loaded
+
+    @property
+    def quantization(self) -> str | None:
+        """What the language model's linear layers are held in: `"int8"`, `"int4"`; None where they are floats."""
+        quantizer = getattr(self, "hf_quantizer", None)
+        return None if quantizer is None else name_of(quantizer.quantization_config)
 
     @torch.no_grad()
     def initialize_weights(self):
@@ -230,6 +258,8 @@ class SenseModel(SensePreTrainedModel):
 
     def train(self, mode: bool = True):
         super().train(mode)
+        if mode:
+            keep_unpacked(self.language_model)
         if self.audio_tower is not None:
             self.audio_tower.eval()  # frozen: no dropout or layer drop, the same features every epoch
         return self
@@ -720,6 +750,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         revisions: dict[str, str] | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
+        gguf_file: str | None = None,
+        quantize: str | None = None,
         **config_kwargs,
     ) -> "SenseForConditionalGeneration":
         """
@@ -730,16 +762,23 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             text: Hub id or folder of a causal language model with its tokenizer.
             revisions: Hub revisions, `{"audio": ..., "text": ...}`.
             dtype: of the frozen backbones. What is trained stays in fp32.
+            gguf_file: a GGUF file in `text`, with the language model and its tokenizer; it is unpacked to `dtype`.
+            quantize: `"int8"` or `"int4"`, see [`~SenseForConditionalGeneration.quantize`].
             config_kwargs: further fields of [`SenseConfig`], such as `num_audio_tokens` and `audio_tokens`.
 
         Raises:
-            ValueError: `audio` is not a Whisper model, or `text` not a decoder-only language model.
+            ValueError: `audio` is not a Whisper model, `text` not a decoder-only language model, or `quantize`
+                neither of the two.
+            OSError: there is no `gguf_file` in `text`.
+            ImportError: the library that `quantize` takes is not installed.
         """
+        if quantize is not None:
+            quantization_config(quantize)  # a wrong name or a missing library should not wait for the weights
         sources, revisions = {"audio": audio, "text": text}, revisions or {}
         revisions = {name: _commit_of(source, revisions.get(name)) for name, source in sources.items()}
         shared = {"dtype": dtype or torch.float32}
         encoder = _load_encoder(audio, revisions["audio"], shared)
-        lm, audio_token_id = _load_language_model(text, revisions["text"], shared)
+        lm, audio_token_id = _load_language_model(text, revisions["text"], shared, gguf_file)
         config = SenseConfig(
             audio_config=encoder.config,
             text_config=lm.config,
@@ -755,6 +794,10 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         model.model.language_model = getattr(lm, lm.base_model_prefix)
         model.lm_head = lm.get_output_embeddings()
         model.generation_config = _generation_config(lm, audio_token_id)
+        if gguf_file is not None:
+            config.backbones["text"]["gguf_file"] = gguf_file
+        if quantize is not None:
+            model.quantize(quantize)
         model.freeze_backbones()
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
@@ -780,16 +823,37 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.config.lora = lora
         self.freeze_backbones()
 
+    def quantize(self, how: str):
+        """
+        Holds the linear layers of the language model in 8 or 4 bits from now on; all else stays as it is, and
+        adapter and LoRA can be trained. The fingerprint of the backbones stays that of the weights before.
+
+        Args:
+            how: `"int8"` (torchao's weights in 8 bits, a scale a row) or `"int4"` (bitsandbytes' NF4).
+
+        Raises:
+            ValueError: another name, or the model is quantised already.
+            ImportError: the library that it takes is not installed.
+        """
+        if self.quantization is not None:
+            raise ValueError(f"this model is {self.quantization} already: it can't be made {how}")
+        config = quantization_config(how)
+        self.config.backbones = {**(self.config.backbones or {}), "fingerprint": self.backbone_fingerprint()}
+        quantize_in_place(self, config)
+        settle(self)
+
     def merge_adapter(self):
         """
         Adds LoRA's product to the language model's weights and drops its layers: one matrix less to multiply by. From
         now on the language model is another one than the backbone, so that only `save_pretrained` can keep it.
 
         Raises:
-            ValueError: there is no LoRA to merge.
+            ValueError: there is no LoRA to merge, or the language model is quantised: rounding would eat it.
         """
         if self.config.lora is None:
             raise ValueError("this model has no LoRA to merge")
+        if self.quantization is not None:
+            raise ValueError(f"LoRA can't be merged into {self.quantization} weights: merge it, then quantize()")
         try:
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
@@ -852,7 +916,20 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         }
 
     def backbone_fingerprint(self) -> str:
-        """SHA-256 over the frozen weights rounded to bf16, so that the dtype they are held in does not matter."""
+        """
+        SHA-256 over the frozen weights rounded to bf16, so that the dtype they are held in does not matter. Of a
+        quantised model it is that of the weights that `quantize` found.
+
+        Raises:
+            ValueError: the model was quantised as it was loaded, so that nobody has seen those weights.
+        """
+        if self.quantization is not None:
+            if "fingerprint" not in (self.config.backbones or {}):
+                raise ValueError(
+                    f"this model was made {self.quantization} while it was loaded, so its backbones can't be told "
+                    "from others: load it without quantization_config, then quantize() it"
+                )
+            return self.config.backbones["fingerprint"]
         if getattr(self, "_fingerprint", None) is None:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.named_parameters()):
@@ -881,6 +958,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbones": self.config.backbones, "fingerprint": self.backbone_fingerprint()}
         about["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        about["quantization"] = self.quantization
         about |= {field: getattr(self.config, field) for field in ADAPTER_FIELDS}
         if inference:
             about["classifier"] = None
@@ -911,7 +989,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             backbones: `{"audio": ..., "text": ...}`, ids or folders to take in place of those that the adapter
                 names: copies of the same weights.
             dtype: of the backbones; by default (and with `"auto"`) the one that they were trained in.
-            kwargs: as for `from_backbones`, such as `attn_implementation`.
+            kwargs: as for `from_backbones`, such as `attn_implementation` and `quantize`, which by default is as in
+                training.
 
         Raises:
             ValueError: no adapter there, one from the Hub that names a folder as its backbone, backbones with other
@@ -932,28 +1011,40 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         if dtype in (None, "auto"):
             dtype = about["dtype"]
         settings = {field: about[field] for field in ("num_audio_tokens", "audio_tokens")}
-        model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings, **kwargs)
+        # As it was trained, unless it is asked for otherwise.
+        settings["quantize"] = about["quantization"]
+        if "text" not in backbones:
+            settings["gguf_file"] = about["backbones"]["text"].get("gguf_file")
+        model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings | kwargs)
         model.load_adapter(folder)
-        model.config.backbones = about["backbones"]  # not where copies of them lie on this machine
+        # Not where copies of them lie on this machine; of rounded weights the fingerprint stays.
+        model.config.backbones = {**model.config.backbones, **about["backbones"]}
         model.name_or_path = str(folder)  # the processor lies there too
         return model.eval()
 
     def load_adapter(self, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None):
         """
         Reads what `save_adapter` wrote, in a folder or on the Hub, into this model, strictly. LoRA and a classifier
-        that are there and not in this model are added to it.
+        that are there and not in this model are added to it. What was trained beside full weights fits any quantised
+        form of them; what was trained beside quantised ones fits those alone.
 
         Args:
             revision: on the Hub: branch, tag or commit.
             token: for the Hub, where the adapter is private.
 
         Raises:
-            ValueError: other backbones or settings, or a tensor that is missing, unexpected or of another shape.
+            ValueError: other backbones, quantisation or settings, or a tensor that is missing, unexpected or of
+                another shape.
         """
         folder = fetch_adapter(folder, revision, token)
         about, state = read_adapter_config(folder), _read_adapter_weights(folder)
         if about["fingerprint"] != self.backbone_fingerprint():
             raise ValueError(f"{folder} was trained on other backbone weights: {about['backbones']}")
+        if about["quantization"] not in (None, self.quantization):
+            raise ValueError(
+                f"{folder} was trained on {about['quantization']} weights, this model's are "
+                f"{self.quantization or 'full'}: compose it with quantize={about['quantization']!r}"
+            )
         if about["lora"] is not None and self.config.lora is None:
             self.add_lora(**about["lora"])
         if about["classifier"] is not None and self.config.classifier is None:
@@ -1021,7 +1112,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if missing := sorted({"backbones", "fingerprint", "lora", "num_audio_tokens", "audio_tokens"} - set(about)):
         raise ValueError(f"{path}: it lacks {', '.join(missing)}; write it with save_adapter")
-    return {"classifier": None, "dtype": None, **about}  # older folders do not know of these
+    return {"classifier": None, "dtype": None, "quantization": None, **about}  # older folders do not know of these
 
 
 def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -1088,15 +1179,19 @@ def _load_encoder(audio: str | os.PathLike, revision: str | None, kwargs: dict) 
     return model if encoder_only else model.encoder
 
 
-def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: dict):
+def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: dict, gguf_file: str | None = None):
     """The causal language model with a row for the audio placeholder, and the placeholder's id."""
-    config = AutoConfig.from_pretrained(text, revision=revision)
+    where = {"revision": revision}
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
+        kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
+    config = AutoConfig.from_pretrained(text, **where)
     if config.is_encoder_decoder or config.model_type == "whisper":
         raise ValueError(
             f"the language model must be a decoder-only text model, found {config.model_type!r} in {str(text)!r}"
         )
-    lm = AutoModelForCausalLM.from_pretrained(text, revision=revision, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(text, revision=revision)
+    lm = AutoModelForCausalLM.from_pretrained(text, **where, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(text, **where)
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
     rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

@@ -12,7 +12,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
-from modeling_sense import SenseForConditionalGeneration
+from modeling_sense import SenseForConditionalGeneration, quantization_config
 from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fetch_adapter, read_adapter_config
 from scripts.get_backbones import resolve_backbone
 
@@ -28,7 +28,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def load_checkpoint(
-    folder: str | os.PathLike, dtype: str = "auto", *, revision: str | None = None, token: str | None = None
+    folder: str | os.PathLike,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[SenseForConditionalGeneration, SenseProcessor]:
     """
     Model (eval mode, on the GPU where there is one) and processor of a whole model or an adapter.
@@ -38,6 +43,7 @@ def load_checkpoint(
         dtype: auto (as saved; of an adapter: as trained), float32, bfloat16 or float16.
         revision: on the Hub: branch, tag or commit.
         token: for the Hub, where it is private.
+        quantize: hold the language model as `"int8"` or `"int4"`; by default as saved.
 
     Raises:
         OSError: no processor there.
@@ -47,12 +53,14 @@ def load_checkpoint(
     where = {"revision": revision, "token": token}
     processor = AutoProcessor.from_pretrained(folder, **where)
     if _is_whole(folder, **where):
-        model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **where)
+        how = {} if quantize is None else {"quantization_config": quantization_config(quantize)}
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **where, **how)
     else:
         named = read_adapter_config(fetch_adapter(folder, **where))["backbones"] or {}
         named = {part: _resolved(named[part]["id"]) for part in ("audio", "text") if part in named}
         backbones = {part: folder for part, folder in named.items() if folder}
-        model = SenseForConditionalGeneration.from_adapter(folder, backbones=backbones, dtype=dtype, **where)
+        how = {} if quantize is None else {"quantize": quantize}
+        model = SenseForConditionalGeneration.from_adapter(folder, backbones=backbones, dtype=dtype, **where, **how)
     return model.to(PartialState().device).eval(), processor
 
 

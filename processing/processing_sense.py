@@ -253,9 +253,11 @@ class SenseProcessor(ProcessorMixin):
         num_audio_tokens: int = 250,
         audio_tokens: str = "trim",
         prompts: dict[str, str] | None = None,
+        gguf_file: str | None = None,
     ) -> "SenseProcessor":
         """
-        A processor for a Whisper encoder and an LLM, each a Hub id or a folder.
+        A processor for a Whisper encoder and an LLM, each a Hub id or a folder; `gguf_file` is one in that of the LLM,
+        which its tokenizer is then taken from.
 
         Raises:
             ValueError: `audio` has no Whisper feature extractor.
@@ -269,7 +271,7 @@ class SenseProcessor(ProcessorMixin):
         if not isinstance(feature_extractor, WhisperFeatureExtractor):
             kind = type(feature_extractor).__name__
             raise ValueError(f"audio backbone {audio}: it has a {kind}; give a Whisper model")
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer = AutoTokenizer.from_pretrained(text, **({"gguf_file": gguf_file} if gguf_file else {}))
         tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
         tokens = {"num_audio_tokens": num_audio_tokens, "audio_tokens": audio_tokens}
         return cls(feature_extractor, tokenizer, prompts=prompts, **tokens)

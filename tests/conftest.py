@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import datasets
+import gguf
 import numpy as np
 import pytest
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -157,3 +160,57 @@ def tiny_llama(tmp_path_factory) -> str:
 def tiny_qwen(tmp_path_factory) -> str:
     """Folder of a random Qwen2 with a ChatML tokenizer."""
     return save_llm(Qwen2Config, Qwen2ForCausalLM, tmp_path_factory.mktemp("qwen"))
+
+
+def write_gguf(llm: str, path):
+    """A Llama of transformers as a GGUF file, as llama.cpp's converter writes it: q and k with their rows permuted."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llm), AutoTokenizer.from_pretrained(llm)
+    config = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    words = [tokenizer.convert_ids_to_tokens(i) for i in range(config.vocab_size)]
+    writer.add_token_list(words)
+    special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
+    writer.add_token_types([gguf.TokenType.CONTROL if w in special else gguf.TokenType.NORMAL for w in words])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        name = names.get_name(name, try_suffixes=(".weight",))
+        for part, number in heads.items():
+            if part in name:
+                halves = tensor.view(number, 2, -1, tensor.shape[1])
+                tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        tensor = tensor.contiguous().numpy()
+        if tensor.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_llama, tmp_path_factory) -> str:
+    """Folder with `tiny.gguf` alone: 8 bits, 32 weights a scale."""
+    folder = tmp_path_factory.mktemp("gguf")
+    write_gguf(tiny_llama, folder / "tiny.gguf")
+    return str(folder)

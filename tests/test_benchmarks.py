@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks import compare, long_audio, measure, report, word_times
+from benchmarks import compare, long_audio, measure, report, small_machines, word_times
 from benchmarks.__main__ import main, make_settings, parse
 from benchmarks.setting import TASKS, Setting
 from benchmarks.systems import (
@@ -186,6 +186,29 @@ def test_one_command_writes_json_page_and_plot(tmp_path, monkeypatch, capsys):
     assert page == report.markdown(results) and page in capsys.readouterr().out
     assert results["machine"]["cpu"] in page and "## Where a peer wins" in page
     assert (tmp_path / "latest.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------ small machines
+
+
+def test_weights_in_memory_are_those_of_the_arithmetic(tiny_whisper, tiny_llama, tmp_path, capsys):
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama, dtype=torch.bfloat16)
+    model.add_lora(r=4)
+    model.save_pretrained(tmp_path / "sense")
+    SenseProcessor.from_backbones(tiny_whisper, tiny_llama).save_pretrained(tmp_path / "sense")
+    corpus = write_corpus(tmp_path / "corpus", dev=3)
+    command = ["--model", str(tmp_path / "sense"), "--dataset", corpus]
+    found = {}
+    for form in small_machines.FORMS:
+        small_machines.main([*command, "--form", form])
+        found[form] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found[form]["weights"] == small_machines.expected_bytes(model.config, form), form
+        assert found[form]["peak"] > found[form]["imports"] > 0 and found[form]["seconds"] > 0
+    sizes = [row["weights"] for row in found.values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    table = small_machines.tables(found).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:6]] == [f"| {form}" for form in small_machines.FORMS]
+    assert table[2].endswith("| 1.00 |") and table[-4].startswith("| float32 | 4,")  # 1.1 and 0.09 billion weights
 
 
 # ------------------------------------------------------------------ word times and long recordings

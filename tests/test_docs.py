@@ -133,6 +133,7 @@ PROGRAMS = (
     "processing.synthesis",
     "benchmarks",
     "benchmarks.long_audio",
+    "benchmarks.small_machines",
     "benchmarks.word_times",
 )
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}

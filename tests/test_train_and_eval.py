@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ from transformers import WhisperModel
 
 import eval_sense
 import train_sense
-from modeling_sense import SenseModel
+from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import report
 from processing.datasets import load_corpus
-from processing.hub import export_model
+from processing.hub import export_model, load_checkpoint
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
@@ -91,7 +92,7 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
     assert {row["id"] for row in table} == {f"clip-{i}" for i in range(5)}
     errors, words = sum(row["errors"] for row in table), sum(row["words"] for row in table)
     assert scored["wer"] == pytest.approx(100 * errors / words)
-    model, processor = eval_sense.load_checkpoint(str(out))
+    model, processor = load_checkpoint(str(out))
     assert model.config.audio_tokens == processor.audio_tokens == audio_tokens
 
     report.main([str(tmp_path / "both.png"), f"one={out}", f"two={out}"])
@@ -153,7 +154,7 @@ def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_p
     ner = {"tasks": {"asr": 1, "ner": 1}, "prompts": {"asr": "Write.", "ner": "Tag."}, "classifier": "ner"}
     train_sense.main([recipe(init_from=str(tmp_path / "one"), output_dir=str(tmp_path / "two"), **cache, **ner)])
     assert sum(encoded) == 2 * 12
-    model, processor = eval_sense.load_checkpoint(str(tmp_path / "two"))  # whole, with the encoder
+    model, processor = load_checkpoint(str(tmp_path / "two"))  # whole, with the encoder
     assert len(eval_sense.understand(model, processor, make_corpus(2), ["asr", "ner"])["ner"]) == 2
 
 
@@ -192,6 +193,51 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         torch.testing.assert_close(weight, straight[name])
 
 
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_training_beside_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
+    out, fields = tmp_path / "out", {"lora_r": 4, "quantize": quantize, "encoder_cache": str(tmp_path / "cache")}
+    train_sense.main([recipe(**fields)])
+    model, _ = load_checkpoint(str(out))
+    trained, whole = model.trained_state_dict(), (out / "model.safetensors").stat().st_size
+    assert model.quantization == quantize and len(trained) == 4 + 2 * 3 * 2
+    (out / "checkpoint-4").rename(tmp_path / "later")
+    train_sense.main([recipe(**fields)])  # goes on from checkpoint-2
+    for name, weight in load_checkpoint(str(out))[0].trained_state_dict().items():
+        torch.testing.assert_close(weight, trained[name])
+    train_sense.main([recipe(lora_r=4, output_dir=str(tmp_path / "full"))])
+    assert (tmp_path / "full" / "model.safetensors").stat().st_size > whole
+    # Stages: from a checkpoint of full weights, from a folder of them, from a quantised folder; not back.
+    for source in (tmp_path / "full" / "checkpoint-4", tmp_path / "full", out):
+        stage = {"init_from": str(source), "max_steps": 1, "output_dir": str(tmp_path / "next"), "save_steps": 1}
+        train_sense.main([recipe(**fields, **stage)])
+        about = json.loads((tmp_path / "next" / "checkpoint-1" / "sense_adapter.json").read_text())
+        assert about["quantization"] == quantize
+        shutil.rmtree(tmp_path / "next")
+    with pytest.raises(ValueError, match=f"holds {quantize} weights, the recipe says None"):
+        train_sense.main([recipe(init_from=str(out), lora_r=4)])
+    with pytest.raises(ValueError, match=f"trained on {quantize} weights, this model's are full"):
+        train_sense.main([recipe(init_from=str(out / "checkpoint-4"), lora_r=4)])
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_scoring_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
+    train_sense.main([recipe(max_steps=1, save_strategy="no")])
+    what = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    assert "wer" in eval_sense.main([*what, "--quantize", quantize])
+    assert load_checkpoint(str(tmp_path / "out"), quantize=quantize)[0].quantization == quantize
+
+
+def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
+    fields = {"text_backbone": tiny_gguf, "gguf_file": "tiny.gguf"}
+    train_sense.main([recipe(**fields)])
+    about = json.loads((tmp_path / "out" / "checkpoint-4" / "sense_adapter.json").read_text())
+    assert about["backbones"]["text"] == {"id": tiny_gguf, "revision": None, "gguf_file": "tiny.gguf"}
+    train_sense.main([recipe(**fields, init_from=str(tmp_path / "out"), output_dir=str(tmp_path / "next"))])
+    shutil.copy(Path(tiny_gguf) / "tiny.gguf", Path(tiny_gguf) / "copy.gguf")
+    with pytest.raises(ValueError, match="gguf_file is 'tiny.gguf' there, 'copy.gguf' in the recipe"):
+        train_sense.main([recipe(**fields | {"gguf_file": "copy.gguf"}, init_from=str(tmp_path / "out"))])
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -203,6 +249,7 @@ def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
+        ("dataset_dir: x\nquantize: int3", "quantize: give int8 or int4, found 'int3'"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
         (
             "dataset_dir: x\nfilter_labels: true",
@@ -325,7 +372,7 @@ ALL_TASKS = {
 def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, capsys, text_tools):
     metrics = train_sense.main([recipe(**ALL_TASKS, classifier="ner", balance_classes=True)])
     assert {"eval_wer", "eval_ner_f1", "eval_ner_label_f1", "eval_ner_malformed_rate", "eval_sa_f1"} <= metrics.keys()
-    model, processor = eval_sense.load_checkpoint(str(tmp_path / "out"))
+    model, processor = load_checkpoint(str(tmp_path / "out"))
     assert model.classifier is None and processor.prompts == ALL_TASKS["prompts"]
     checkpoint = json.loads((tmp_path / "out" / "checkpoint-4" / "sense_adapter.json").read_text())
     assert checkpoint["classifier"]["labels"][0] == "WHEN" and len(checkpoint["classifier"]["weights"]) == 7
@@ -380,7 +427,7 @@ def test_what_keeps_a_control_from_running_is_said_first(recipe, tmp_path, tiny_
 
 def test_answers_in_one_batch_encode_each_clip_once(recipe, corpus, tmp_path):
     train_sense.main([recipe(**ALL_TASKS, max_steps=1)])
-    model, processor = eval_sense.load_checkpoint(str(tmp_path / "out"))
+    model, processor = load_checkpoint(str(tmp_path / "out"))
     encoded = []
     model.model.audio_tower.register_forward_hook(lambda _, __, output: encoded.append(len(output[0])))
     rows = eval_sense.load_corpus(corpus, "test")
