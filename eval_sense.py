@@ -5,7 +5,8 @@ Scores a SENSE checkpoint on a dataset: transcript, named entities, sentiment, b
         --controls cascade gold majority --num_beams 5
     accelerate launch --num_processes 2 eval_sense.py ...     # same result, in less time
 
-Writes OUT/metrics.json, OUT/utterances.jsonl and pictures, prints the tables and the worst utterances.
+Writes OUT/metrics.json, OUT/utterances.jsonl and pictures, prints the tables and the worst utterances; with --report
+also OUT/report.html, a page to look at and listen to.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from modeling_sense import QUANTIZATIONS
 from processing import report
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
+from processing.evaluation_page import describe_run, read_history, write_evaluation_page
 from processing.hub import load_checkpoint
 from processing.pipeline_sense import AnswerLimits
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
-from processing.scoring import score, word_errors
+from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
 from scripts.get_backbones import resolve_backbone
 
@@ -195,25 +197,40 @@ def from_text(texts: list[str], tasks: list[str]) -> dict[str, list[Answer]]:
     return answers
 
 
-def utterance_table(dataset, answers: dict[str, list[str]], parsed: dict[str, list[Answer]]) -> list[dict]:
+def worded_task(parsed: dict[str, list[Answer]]) -> str | None:
+    """The first task whose answers have words."""
+    return next((name for name, given in parsed.items() if given and given[0].text is not None), None)
+
+
+def utterance_table(
+    rows: list[dict], seconds: list[float], answers: dict[str, list[str]], parsed: dict[str, list[Answer]]
+) -> list[dict]:
     """
-    One dict an utterance, the worst transcript first: `id`, the references, by task the answer as it was written and
-    what was read in it, and of the first task with words `errors`, `words`, `wer`.
+    One dict an utterance, the worst transcript first: `id`, `index` in the rows, `speaker`, `duration` in seconds, the
+    references, by task the answer as it was written and what was read in it, and of the first task with words
+    `heard` (the words), `errors`, `words`, `wer`.
     """
-    worded = next((name for name in answers if parsed[name] and parsed[name][0].text is not None), None)
+    worded = worded_task(parsed)
     table = []
-    for i, row in enumerate(dataset):
-        line = {"id": row["id"], "reference": row["text"]}
+    for i, row in enumerate(rows):
+        line = {"id": row["id"], "index": i, "speaker": row["speaker"], "duration": seconds[i]}
+        line["reference"] = row["text"]
         line |= {"reference_entities": row["entities"], "reference_sentiment": row["sentiment"]}
         for name in answers:
             line[name] = answers[name][i]
         if "ner" in parsed:
             line |= {"entities": parsed["ner"][i].entities, "malformed": parsed["ner"][i].malformed}
         if worded:
-            errors, words = word_errors(row["text"], parsed[worded][i].text)
-            line |= {"errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
+            heard = parsed[worded][i].text
+            errors, words = word_errors(row["text"], heard)
+            line |= {"heard": heard, "errors": errors, "words": words, "wer": 100 * errors / max(words, 1)}
         table.append(line)
     return sorted(table, key=lambda line: -line.get("wer", 0))
+
+
+def wer_of_groups(rows: list[dict], answers: dict[str, list[Answer]], seconds: list[float], task: str | None) -> dict:
+    """`wer_by` of a task's answers, if it was asked: controls that were given the true words have no `asr`."""
+    return {"wer_by": wer_by(rows, answers[task], seconds)} if task in answers else {}
 
 
 def load_rows(args, split: str):
@@ -261,19 +278,26 @@ def main(argv: list[str] | None = None) -> dict:
     seconds = time.perf_counter() - begin
     parsed = parse_answers(processor.prompts, answers)
     rows = list(dataset.remove_columns("audio"))
-    audio_seconds = sum(len(load_audio(row["audio"])) for row in dataset) / 16000
-    metrics = score(rows, parsed)
+    durations = [len(load_audio(row["audio"])) / 16000 for row in dataset]
+    metrics = score(rows, parsed) | wer_of_groups(rows, parsed, durations, worded_task(parsed))
+    audio_seconds = sum(durations)
     metrics |= {"n_utterances": len(rows), "audio_seconds": audio_seconds, "rtf": seconds / audio_seconds}
     if args.shuffled_control:
         # The answers do not depend on the labels: pairing them otherwise is the same as shuffling the clips.
         shuffled = score(list(shuffle_audio(dataset).remove_columns("audio")), parsed)
         metrics |= {f"{name}_shuffled": value for name, value in shuffled.items()}
     systems = run_controls(args, model, processor, dataset, tasks, how)
-    metrics["controls"] = {name: score(rows, given) for name, given in systems.items()}
+    metrics["controls"] = {
+        name: score(rows, given) | wer_of_groups(rows, given, durations, "asr") for name, given in systems.items()
+    }
     metrics["measured_on"] = measured_on(args)
     if PartialState().is_main_process:
-        table = utterance_table(dataset, answers, parsed)
-        report.write_evaluation(Path(args.output_dir), metrics, table, args.show)
+        table, folder = utterance_table(rows, durations, answers, parsed), Path(args.output_dir)
+        report.write_evaluation(folder, metrics, table, args.show)
+        if args.report:
+            about = describe_run(args, model, PartialState().num_processes, metrics["rtf"])
+            history = read_history(args.model)
+            write_evaluation_page(folder / "report.html", metrics, table, parsed, dataset, about, history)
     return metrics
 
 
@@ -295,6 +319,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=[], help="what to compare with")
     parser.add_argument("--shuffled_control", action="store_true", help="also score with the clips shuffled")
     parser.add_argument("--show", type=int, default=10, help="how many of the worst utterances to print")
+    parser.add_argument("--report", action="store_true", help="also write report.html, with the worst clips to hear")
     parser.add_argument("--output_dir", required=True)
     return parser.parse_args(argv)
 

@@ -26,7 +26,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"])
     + ["recipes", "recipes.mini"],
-    package_data={"processing.metrics": ["*/README.md", "*/requirements.txt"], "": ["*.yaml"]},
+    package_data={
+        "processing": ["templates/*"],
+        "processing.metrics": ["*/README.md", "*/requirements.txt"],
+        "": ["*.yaml"],
+    },
     py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "train_sense"],
     entry_points={"console_scripts": ["sense=sense_cli:cli"]},
     install_requires=[

@@ -39,7 +39,7 @@ from processing.encoder_cache import build_cache
 from processing.hub import CARD
 from processing.model_card import make_card, record_training
 from processing.processing_sense import MAX_SECONDS
-from processing.report import plot_training, write_text
+from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
@@ -604,7 +604,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = Path(training.output_dir)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        plot_training({"": trainer.state.log_history}, folder / "training.png")
+        save_png(plot_training({"": trainer.state.log_history}), folder / "training.png")
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         record_training(folder, {**vars(args), **training.to_dict()}, train, trainer.state, sizes)
         write_text(folder / CARD, str(make_card(model, processor, repo_id=str(folder), run=folder)))

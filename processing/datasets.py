@@ -20,6 +20,7 @@ SCHEMA = datasets.Features(
         "sentiment": datasets.Value("string"),
         "language": datasets.Value("string"),
         "duration": datasets.Value("float64"),  # seconds
+        "speaker": datasets.Value("string"),
     }
 )
 # Audio(decode=False) on disk. Rows are built with it, because `datasets` asks for torchcodec to build audio columns.
@@ -30,6 +31,7 @@ ENTITY_COLUMNS = {
     "normalized_text": {"combined": ("normalized_combined_ner", "normalized_ner"), "raw": ("normalized_ner",)},
     "raw_text": {"combined": ("raw_combined_ner", "raw_ner"), "raw": ("raw_ner",)},
 }
+SPEAKER_COLUMNS = ("speaker", "speaker_id")  # the first that a row has
 UNDECIDED = ("disagreement", "<mixed>", "")  # SLUE's annotators: such a row has no sentiment label
 
 
@@ -46,8 +48,8 @@ def load_corpus(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Loads one split of a corpus as rows of `SCHEMA`: `id, audio {bytes, path}, text, entities [[tag, start, length]],
-    sentiment, language, duration` in seconds. What the corpus does not know is None: a row in which nobody found an
-    entity has [], one on whose sentiment SLUE's annotators disagreed None.
+    sentiment, language, duration, speaker`, the duration in seconds. What the corpus does not know is None: a row in
+    which nobody found an entity has [], one on whose sentiment SLUE's annotators disagreed None.
 
     Args:
         dataset: one of
@@ -155,7 +157,8 @@ def _read_librispeech(folder: Path, columns: dict) -> list[dict]:
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.strip().partition(" ")
             audio = {"bytes": None, "path": str(transcript.parent / f"{name}.flac")}
-            rows.append(_to_schema({"text": text}, audio, columns, name, str(transcript)))
+            row = {"text": text, "speaker": transcript.parent.parent.name}
+            rows.append(_to_schema(row, audio, columns, name, str(transcript)))
     _require_files(rows, folder)
     return rows
 
@@ -231,6 +234,7 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> 
         raise ValueError(f"{where}: {columns['text']} is {text!r}; give the transcript as a string")
     text = lower(text) if columns["lowercase"] else text
     duration = row.get("duration")
+    speaker = next((row[name] for name in SPEAKER_COLUMNS if row.get(name) not in (None, "")), None)
     return {
         "id": str(row["id"]) if row.get("id") is not None else name,
         "audio": audio,
@@ -239,6 +243,7 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> 
         "sentiment": _sentiment(row.get("sentiment"), where),
         "language": row.get("language"),
         "duration": None if duration is None else float(duration),
+        "speaker": None if speaker is None else str(speaker),
     }
 
 

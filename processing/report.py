@@ -1,65 +1,75 @@
 """
-Pictures of runs.
+Pictures and tables of runs.
 
     python -m processing.report PNG LABEL=DIR [LABEL=DIR ...]      # output folders of train_sense.py, side by side
 """
 
-import base64
-import html
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .scoring import HEADLINES
+from .tasks import SENTIMENTS
 
 
-matplotlib.use("Agg")  # no screen needed
-from matplotlib import pyplot as plt  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from .scoring import HEADLINES  # noqa: E402
-from .tasks import SENTIMENTS  # noqa: E402
+TITLES = HEADLINES | {"wer_normalized": "WER, normalised", "ner_f1_normalized": "NER F1, normalised"}
+SCORES = {"precision": "precision", "recall": "recall", "f1": "F1", "label_f1": "label-F1"}
+MOST_GROUPS = 30  # in a picture
 
 
-TITLES = {"wer_normalized": "WER, normalised", "ner_f1_normalized": "NER F1, normalised"}
-
-
-def plot_training(runs: dict[str, list[dict]], path: str | os.PathLike):
+def plot_training(runs: dict[str, list[dict]]) -> Figure:
     """
-    Draws the curves of one or several runs to a PNG: the loss in training, on held-out speech and on the same texts
-    with the clips shuffled (where these two part, the model begins to listen), and the WER.
+    The curves of one or several runs: the loss in training, on held-out speech and on the same texts with the clips
+    shuffled (where these two part, the model begins to listen), and the WER.
 
     Args:
         runs: by label, the `log_history` of a Trainer's state, as trainer_state.json holds it.
-        path: where the PNG goes.
     """
     styles = {
         "loss": {"label": "training", "linewidth": 0.7, "alpha": 0.6},
         "eval_true_loss": {"label": "held out, true clips", "linewidth": 2},
-        "eval_shuffled_loss": {"label": "clips shuffled", "linewidth": 2, "linestyle": "--"},
+        "eval_shuffled_loss": {
+            "label": "clips shuffled",
+            "linewidth": 2,
+            "linestyle": "--",
+            "markerfacecolor": "none",
+        },
     }
-    figure, (losses, errors) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, errors = figure.subplots(1, 2, sharex=True)
     for i, (name, history) in enumerate(runs.items()):
         for key, style in styles.items():
             label = ": ".join(filter(None, [name, style["label"]]))
-            losses.plot(*_curve(history, key), color=f"C{i}", **(style | {"label": label}))
+            steps, values = _curve(history, key)
+            marker = "o" if len(steps) == 1 else None  # a line needs two
+            losses.plot(steps, values, color=f"C{i}", marker=marker, **(style | {"label": label}))
         errors.plot(*_curve(history, "eval_wer"), marker="o", color=f"C{i}", label=name or "held out")
     losses.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Loss", ylim=(0, None))
     errors.set(xlabel="step", ylabel="WER, %", title="Word error rate, held out, greedy", ylim=(0, None))
-    figure.legend(*losses.get_legend_handles_labels(), ncols=3, fontsize="small", loc="outside lower center")
+    _legend_below(figure, losses, ncols=3)
     errors.legend(fontsize="small")
-    _save(figure, path)
+    return figure
 
 
-def _save(figure, path: str | os.PathLike):
-    """Writes a PNG, to a temporary name first."""
+def _legend_below(figure: Figure, axes, ncols: int = 1):
+    """One legend for all panels, of what is in one; names in it are no formulas, whatever signs they hold."""
+    handles, labels = axes.get_legend_handles_labels()
+    for text in figure.legend(handles, labels, ncols=ncols, fontsize="small", loc="outside lower center").get_texts():
+        text.set_parse_math(False)
+
+
+def save_png(figure: Figure, path: str | os.PathLike):
+    """Writes a picture, to a temporary name first."""
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
-    plt.close(figure)
     os.replace(temporary, path)
 
 
@@ -87,15 +97,12 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
         tables["entities, by tag"] = tag_table(metrics["ner_per_tag"])
     if "sa_confusion" in metrics:
         tables["sentiment: said (rows), heard (columns)"] = confusion_table(metrics["sa_confusion"])
-        plot_confusion(metrics["sa_confusion"], folder / "sentiment.png")
-    systems = {"SENSE": metrics, **metrics["controls"]}
-    tables["per cent [95 % interval, bootstrap over utterances]"] = comparison(systems)
+        save_png(plot_confusion(metrics["sa_confusion"]), folder / "sentiment.png")
+    tables["per cent [95 % interval, bootstrap over utterances]"] = comparison(systems_of(metrics))
     sections = [f"## {title}\n\n{markdown_table(*found)}\n" for title, found in reversed(tables.items())]
     write_text(folder / "results.md", "\n".join(sections))
     if show:
-        worst = [
-            [f"{row['wer']:.0f}", row["reference"], row.get("asr", row.get("ner"))] for row in table if "wer" in row
-        ]
+        worst = [[f"{row['wer']:.0f}", row["reference"], row["heard"]] for row in table if "wer" in row]
         print_table(
             f"worst {min(show, len(worst))} of {len(table)} utterances", ["WER %", "said", "heard"], worst[:show]
         )
@@ -106,27 +113,38 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
             print(f"{name:28} {value:.2f}" if isinstance(value, float) else f"{name:28} {value}")
 
 
-def comparison(systems: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the table of systems, metrics with their intervals."""
-    columns = [key for key in HEADLINES if any(key in metrics for metrics in systems.values())]
-    rows = []
-    for name, metrics in systems.items():
-        cells = []
-        for key in columns:
-            low, high = metrics.get(f"{key}_interval", (0, 0))
-            cells.append(f"{metrics[key]:.1f} [{low:.1f}, {high:.1f}]" if key in metrics else "-")
-        rows.append([name, *cells])
-    return ["", *(HEADLINES[key] for key in columns)], rows
+def systems_of(metrics: dict) -> dict[str, dict]:
+    """By name, the metrics of the model and of what it is compared with."""
+    return {"SENSE": metrics, **metrics["controls"]}
+
+
+def comparison(systems: dict[str, dict], names: dict[str, str] = HEADLINES) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table of systems, metrics with their intervals; `names` are the columns'."""
+    columns = headlines_of(systems)
+    rows = [[name, *(score_cell(metrics, key) for key in columns)] for name, metrics in systems.items()]
+    return ["", *(names[key] for key in columns)], rows
+
+
+def headlines_of(systems: dict[str, dict]) -> list[str]:
+    """The headline metrics that one of the systems has."""
+    return [key for key in HEADLINES if any(key in metrics for metrics in systems.values())]
+
+
+def score_cell(metrics: dict, key: str) -> str:
+    """A metric with its interval, if there are such."""
+    if key not in metrics:
+        return "-"
+    interval = metrics.get(f"{key}_interval")
+    return f"{metrics[key]:.1f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
 
 
 def tag_table(per_tag: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the entities' scores by tag, in per cent."""
-    keys = ("precision", "recall", "f1", "label_f1")
     rows = [
-        [tag, str(found["support"]), str(found["predicted"]), *(f"{100 * found[key]:.1f}" for key in keys)]
+        [tag, str(found["support"]), str(found["predicted"]), *(f"{100 * found[key]:.1f}" for key in SCORES)]
         for tag, found in sorted(per_tag.items())
     ]
-    return ["tag", "said", "heard", "precision", "recall", "F1", "label-F1"], rows
+    return ["tag", "said", "heard", *SCORES.values()], rows
 
 
 def confusion_table(cells: list[list[int]]) -> tuple[list[str], list[list[str]]]:
@@ -135,12 +153,13 @@ def confusion_table(cells: list[list[int]]) -> tuple[list[str], list[list[str]]]
     return ["", *SENTIMENTS, "unreadable"], rows
 
 
-def plot_confusion(cells: list[list[int]], path: str | os.PathLike):
-    """Draws a confusion of sentiments, as `confusion_table` has it, to a PNG."""
-    figure, axes = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+def plot_confusion(cells: list[list[int]]) -> Figure:
+    """A confusion of sentiments, as `confusion_table` has it."""
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    axes = figure.subplots()
     draw_confusion(axes, cells, SENTIMENTS, [*SENTIMENTS, "unreadable"])
     axes.set(xlabel="heard", ylabel="said", title="Sentiment")
-    _save(figure, path)
+    return figure
 
 
 def draw_confusion(axes, cells: list[list[int]], rows: Sequence[str], columns: Sequence[str]):
@@ -149,25 +168,35 @@ def draw_confusion(axes, cells: list[list[int]], rows: Sequence[str], columns: S
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            axes.text(x, y, str(cell), ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
+            # Not black, which is the page's own colour of text in an SVG: cells are light or dark in both its themes.
+            axes.text(x, y, str(cell), ha="center", va="center", color="white" if shares[y][x] > 0.5 else "#111111")
     axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
     axes.set_yticks(range(len(rows)), rows)
 
 
-def plot_quality(found: dict, path: str | os.PathLike):
+def plot_tags(per_tag: dict[str, dict]) -> Figure:
+    """The entities' scores by tag, as `tag_table` has them, with how many were said and heard."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes, tags = figure.subplots(), sorted(per_tag)
+    _score_bars(axes, [{key: 100 * per_tag[tag][key] for key in SCORES} for tag in tags])
+    counts = [f"{tag}\n{per_tag[tag]['support']} said\n{per_tag[tag]['predicted']} heard" for tag in tags]
+    axes.set_xticks(range(len(tags)), counts, fontsize="small")
+    _legend_below(figure, axes, ncols=4)
+    return figure
+
+
+def plot_quality(found: dict) -> Figure:
     """
-    Draws what `annotate_sense.py compare` found to a PNG: scores filter by filter, F1 by tag and the confusion of
-    tags; of sentiment the confusion alone.
+    What `annotate_sense.py compare` found: scores filter by filter, F1 by tag and the confusion of tags; of sentiment
+    the confusion alone.
     """
     if "filters" not in found:
-        return plot_confusion(found["sa_confusion"], path)
-    figure, (filters, tags, grid) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    names = {"precision": "precision", "recall": "recall", "f1": "F1", "label_f1": "label-F1"}
-    for i, (key, name) in enumerate(names.items()):
-        scores = [scores["all"] for scores in found["filters"].values()]
-        _bars(filters, [x + 0.2 * (i - 1.5) for x in range(len(scores))], scores, key, width=0.2, label=name)
-    filters.set_xticks(range(len(scores)), [name.partition(":")[0] for name in found["filters"]])
-    filters.set(title="Filters", ylabel="%", ylim=(0, 100))
+        return plot_confusion(found["sa_confusion"])
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    filters, tags, grid = figure.subplots(1, 3)
+    _score_bars(filters, [scores["all"] for scores in found["filters"].values()])
+    filters.set_xticks(range(len(found["filters"])), [name.partition(":")[0] for name in found["filters"]])
+    filters.set(title="Filters")
     filters.legend(fontsize="small")
     by_tag = {tag: scores for tag, scores in found["filters"]["both"].items() if tag != "all"}
     _bars(tags, range(len(by_tag)), list(by_tag.values()), "f1")
@@ -175,13 +204,22 @@ def plot_quality(found: dict, path: str | os.PathLike):
     tags.set(title="F1 by tag, both filters", ylim=(0, 100))
     draw_confusion(grid, found["confusion"], [*found["tags"], "none"], [*found["tags"], "none"])
     grid.set(title="Tags, both filters", xlabel="synthetic", ylabel="gold")
-    _save(figure, path)
+    return figure
+
+
+def _score_bars(axes, scores: list[dict]):
+    """`SCORES` of several things, in per cent, side by side."""
+    for i, (key, name) in enumerate(SCORES.items()):
+        _bars(axes, [x + 0.2 * (i - 1.5) for x in range(len(scores))], scores, key, width=0.2, label=name)
+    axes.set(ylabel="%", ylim=(0, 100))
 
 
 def _bars(axes, places, scores: list[dict], key: str, **style):
-    """A metric of several systems, with its intervals."""
+    """A metric of several things, with its intervals."""
     values = [found[key] for found in scores]
-    axes.bar(places, values, yerr=_errors(values, [found[f"{key}_interval"] for found in scores]), capsize=2, **style)
+    intervals = [found.get(f"{key}_interval", (value, value)) for found, value in zip(scores, values)]
+    errors = _errors(values, intervals) if any(f"{key}_interval" in found for found in scores) else None
+    axes.bar(places, values, yerr=errors, capsize=2, **style)
 
 
 def _errors(values: list[float], intervals: list[list[float]]) -> list[list[float]]:
@@ -190,47 +228,82 @@ def _errors(values: list[float], intervals: list[list[float]]) -> list[list[floa
     return [below, [max(0.0, high - value) for value, (_, high) in zip(values, intervals)]]
 
 
-def plot_comparison(systems: dict[str, dict], path: str | os.PathLike):
-    """Draws the metrics of systems by name, as `comparison` lists them, with their intervals, to a PNG."""
-    keys = [key for key in HEADLINES if all(key in metrics for metrics in systems.values())]
-    height = 1.2 + 0.35 * len(systems)
-    figure, panels = plt.subplots(
-        1, len(keys), figsize=(2 + 2 * len(keys), height), sharey=True, layout="constrained", squeeze=False
-    )
-    places = range(len(systems))
-    for axes, key in zip(panels[0], keys):
-        for place, metrics in zip(places, systems.values()):
-            low, high = metrics[f"{key}_interval"]
-            axes.plot([low, high], [place, place], color="C0", linewidth=2)
-            axes.plot(metrics[key], place, "o", color="C0")
-        axes.set(title=TITLES.get(key, HEADLINES[key]), xlabel="%")
+def plot_comparison(systems: dict[str, dict]) -> Figure:
+    """The metrics of systems by name, as `comparison` lists them, with their intervals."""
+    keys, names = headlines_of(systems), [textwrap.fill(name, 28) for name in systems]
+    height = 1.2 + 0.35 * sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(2.5 + 1.8 * len(keys), height), layout="constrained")
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, keys):
+        for place, metrics in enumerate(systems.values()):
+            if key in metrics:
+                _point(axes, metrics, key, place, color="C0")
+        axes.set(title=TITLES[key], xlabel="% (less is better)" if "wer" in key else "%", xlim=(0, None))
         axes.grid(axis="x", alpha=0.3)
-    panels[0][0].set_yticks(places, list(systems))
-    panels[0][0].invert_yaxis()
-    _save(figure, path)
+    panels[0].set_yticks(range(len(systems)), names, parse_math=False)
+    panels[0].set_ylim(len(systems) - 0.5, -0.5)
+    return figure
 
 
-def plot_curves(lines: dict[str, dict[float, dict]], xlabel: str, path: str | os.PathLike):
+def _point(axes, metrics: dict, key: str, place: float, *, color: str, label: str | None = None):
+    """A metric, and its interval as a line if it has one, at a height."""
+    if interval := metrics.get(f"{key}_interval"):
+        axes.plot(interval, [place, place], color=color, linewidth=2, clip_on=False)
+    axes.plot(metrics[key], place, "o", color=color, label=label, clip_on=False)
+
+
+def plot_groups(systems: dict[str, list[dict]]) -> Figure:
     """
-    Draws metrics along a quantity, with their intervals, to a PNG.
+    The normalised WER of groups of utterances and their numbers, of each system that has such; the groups where the
+    first one errs most if they are many.
+
+    Args:
+        systems: by name, the groups as `processing.scoring.wer_by` has them, the same of each.
+    """
+    key, first = "wer_normalized", next(iter(systems.values()))
+    places = sorted(sorted(range(len(first)), key=lambda i: -first[i][key])[:MOST_GROUPS])
+    figure = Figure(figsize=(6, 1.6 + 0.3 * len(places)), layout="constrained")
+    axes = figure.subplots()
+    for s, (name, groups) in enumerate(systems.items()):
+        for y, i in enumerate(places):
+            shift = 0.3 * (s - (len(systems) - 1) / 2) / len(systems)
+            _point(axes, groups[i], key, y + shift, color=f"C{s}", label=name if y == 0 else None)
+    names = [f"{shorten(first[i]['group'])} ({first[i]['n']})" for i in places]
+    axes.set_yticks(range(len(places)), names, parse_math=False)
+    axes.set_ylim(len(places) - 0.5, -0.5)
+    axes.set(xlabel="WER, normalised, %", xlim=(0, None))
+    axes.grid(axis="x", alpha=0.3)
+    if len(systems) > 1:
+        _legend_below(figure, axes)
+    return figure
+
+
+def shorten(name: str) -> str:
+    """A name that fits beside a picture."""
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def plot_curves(lines: dict[str, dict[float, dict]], xlabel: str) -> Figure:
+    """
+    Metrics along a quantity, with their intervals.
 
     Args:
         lines: by the line's name, by x a system's metrics. Those of `HEADLINES` that all have get a panel each.
         xlabel: the quantity.
-        path: where the PNG goes.
     """
     systems = [metrics for line in lines.values() for metrics in line.values()]
     keys = [key for key in HEADLINES if all(key in metrics for metrics in systems)]
-    figure, panels = plt.subplots(1, len(keys), figsize=(1 + 3 * len(keys), 3.6), layout="constrained", squeeze=False)
-    for axes, key in zip(panels[0], keys):
+    figure = Figure(figsize=(1 + 3 * len(keys), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for axes, key in zip(panels, keys):
         for name, line in lines.items():
             values = [metrics[key] for metrics in line.values()]
             errors = _errors(values, [metrics[f"{key}_interval"] for metrics in line.values()])
             axes.errorbar(list(line), values, errors, marker="o", capsize=3, label=name)
-        axes.set(title=TITLES.get(key, HEADLINES[key]), xlabel=xlabel, ylabel="%")
+        axes.set(title=TITLES[key], xlabel=xlabel, ylabel="%")
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), ncols=len(lines), loc="outside lower center")
-    _save(figure, path)
+    _legend_below(figure, panels[0], ncols=len(lines))
+    return figure
 
 
 def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
@@ -241,25 +314,6 @@ def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
 def _markdown_cell(cell: str) -> str:
     """In one line, and without a bar that would end the cell."""
     return " ".join(cell.replace("|", "\\|").split())
-
-
-def write_html(path: Path, title: str, lead: str, tables: dict[str, tuple[list[str], list[list[str]]]], picture: Path):
-    """One page that stands alone: title, a sentence, a PNG and tables by title."""
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>"]
-    parts.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">')
-    for name, (headers, rows) in tables.items():
-        lines = [_html_row("th", headers), *(_html_row("td", row) for row in rows)]
-        parts.append(f"<h2>{html.escape(name)}</h2><table>{''.join(lines)}</table>")
-    style = (
-        "body{font-family:sans-serif;margin:2em;max-width:80em}img{max-width:100%}table{border-collapse:collapse}"
-        "td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:left;vertical-align:top}"
-    )
-    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    write_text(path, head + "\n".join(parts) + "\n")
-
-
-def _html_row(tag: str, cells: list[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def print_table(title: str, headers: list[str], rows: list[list[str]]):
@@ -286,7 +340,7 @@ def main(argv: list[str]) -> None:
     for run in argv[1:]:
         label, _, folder = run.partition("=")
         runs[label] = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    plot_training(runs, argv[0])
+    save_png(plot_training(runs), argv[0])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Answers of a system -> its metrics, in per cent, each with a bootstrap interval over utterances."""
 
+import bisect
 import re
 from collections.abc import Callable
 
@@ -14,6 +15,10 @@ from .tasks import SENTIMENTS, TASKS, Answer, combine, phrases
 
 NORMALIZE = EnglishTextNormalizer()
 BOOTSTRAP_SAMPLES = 1000
+# Groups of `wer_by`: the edges between them; and how many utterances an interval needs.
+DURATIONS = (2, 4, 6, 8, 10, 15, 20)  # seconds
+SPEAKING_RATES = (1, 1.5, 2, 2.5, 3, 3.5, 4)  # words a second
+FEWEST = 5
 
 
 def plain(text: str) -> str:
@@ -51,6 +56,54 @@ def word_errors(reference: str, heard: str) -> tuple[int, int]:
     found = jiwer.process_words(reference, heard)
     errors = found.substitutions + found.deletions + found.insertions
     return errors, found.hits + found.substitutions + found.deletions
+
+
+def wer_by(rows: list[dict], answers: list[Answer], seconds: list[float]) -> dict[str, list[dict]]:
+    """
+    The WER after Whisper's normaliser, of groups of utterances.
+
+    Args:
+        rows: of the project's schema, the references.
+        answers: one a row, with the words heard.
+        seconds: how long each clip is.
+
+    Returns:
+        by what they are grouped by (`duration`, `speaking_rate`, which is the reference's words a second, and
+        `speaker`, where the corpus knows one), the groups: `group` (its name), `n` (utterances), `words` (of the
+        references, normalised), `errors`, `wer_normalized`, and `wer_normalized_interval` where `n` is `FEWEST` or
+        more.
+    """
+    rates = [len(row["text"].split()) / s for row, s in zip(rows, seconds)]
+    keys = {"duration": [_bin(s, DURATIONS, "s") for s in seconds]}
+    keys["speaking_rate"] = [_bin(rate, SPEAKING_RATES, "words/s") for rate in rates]
+    if any(row["speaker"] for row in rows):  # unknown ones stand last
+        keys["speaker"] = [(not row["speaker"], row["speaker"] or "unknown") for row in rows]
+    pairs = [(NORMALIZE(row["text"]), NORMALIZE(answer.text or "")) for row, answer in zip(rows, answers)]
+    counts = np.array([word_errors(*pair) for pair in pairs])
+    return {name: _groups(keys_of_rows, counts) for name, keys_of_rows in keys.items()}
+
+
+def _bin(value: float, edges: tuple[float, ...], unit: str) -> tuple[int, str]:
+    """The place of the bin that a value falls in, from one edge to below the next, and its name."""
+    place = bisect.bisect_right(edges, value)
+    if place == 0:
+        return place, f"below {edges[0]:g} {unit}"
+    if place == len(edges):
+        return place, f"{edges[-1]:g} {unit} or more"
+    return place, f"{edges[place - 1]:g} to {edges[place]:g} {unit}"
+
+
+def _groups(keys: list[tuple], counts: np.ndarray) -> list[dict]:
+    """`counts` (errors, words) of utterances, by their keys: `(what groups are ordered by, their name)`."""
+    groups = []
+    for key in sorted(set(keys)):
+        of_group = counts[[other == key for other in keys]]
+        errors, words = of_group.sum(0).tolist()
+        wer = {"wer_normalized": 100 * errors / max(words, 1)}
+        if len(of_group) >= FEWEST:
+            wer["wer_normalized_interval"] = bootstrap(of_group, lambda sums: ratio(sums[..., 0], sums[..., 1]))
+        groups.append({"group": key[1], "n": len(of_group), "words": words, "errors": errors, **wer})
+    return groups
 
 
 def score_ner(rows: list[dict], answers: list[Answer]) -> dict:

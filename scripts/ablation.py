@@ -28,7 +28,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from processing.report import comparison, markdown_table, plot_comparison, plot_curves, write_text  # noqa: E402
+from processing.report import comparison, markdown_table, plot_comparison, plot_curves, save_png, write_text  # noqa: E402
 from processing.scoring import HEADLINES  # noqa: E402
 from train_sense import SenseArguments  # noqa: E402
 
@@ -114,13 +114,13 @@ def write_comparison(folder: Path, cells: dict[str, dict], curves: dict):
         values = [value for key in columns for value in (found[key], *found[f"{key}_interval"])]
         writer.writerow([name, found["trained_parameters"], found["steps"], *values])
     write_text(folder / "ablation.csv", lines.getvalue())
-    plot_comparison(cells, folder / "ablation.png")
+    save_png(plot_comparison(cells), folder / "ablation.png")
     if curves:
         lines = {
             name: {x: cells[cell] for x, cell in line.items() if cell in cells}
             for name, line in curves["lines"].items()
         }
-        plot_curves(lines, curves["xlabel"], folder / "curves.png")
+        save_png(plot_curves(lines, curves["xlabel"]), folder / "curves.png")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

@@ -58,7 +58,7 @@ def make_corpus(number: int) -> datasets.Dataset:
         rows.append({"id": f"clip-{i}", "audio": {"bytes": wav(clip), "path": None}, "text": text})
         rows[-1] |= {"entities": [[["PERSON", "PLACE"][i % 2], 0, len(text.split()[0])]] if i % 3 else []}
         rows[-1] |= {"sentiment": None if i % 8 == 7 else sentiments[i % 4]}
-        rows[-1] |= {"language": "en", "duration": len(clip) / 16000}
+        rows[-1] |= {"language": "en", "duration": len(clip) / 16000, "speaker": f"speaker-{i % 2}"}
     stored = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
     return stored.cast_column("audio", SCHEMA["audio"])
 
@@ -77,7 +77,7 @@ def write_corpus(folder: Path, **splits: int) -> str:
         lines = []
         for row in make_corpus(number):
             (folder / split / f"{row['id']}.wav").write_bytes(row["audio"]["bytes"])
-            kept = {name: row[name] for name in ("text", "duration", "entities", "sentiment")}
+            kept = {name: row[name] for name in ("text", "duration", "entities", "sentiment", "speaker")}
             lines.append(json.dumps({"file_name": f"{row['id']}.wav", **kept}))
         (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)

@@ -447,7 +447,7 @@ def test_audio_that_is_no_file_is_written_beside_the_labels(tmp_path):
             run(server, str(tmp_path / "in"), tmp_path / "out")
     made = load_corpus(tmp_path / "out", "train")
     assert [Path(row["audio"]["path"]).read_bytes() for row in made] == [row["audio"]["bytes"] for row in corpus]
-    for name in ("id", "text", "language", "duration", "sentiment"):
+    for name in ("id", "text", "language", "duration", "sentiment", "speaker"):
         assert made[name] == corpus[name]
 
 

@@ -381,7 +381,7 @@ def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, c
     out = tmp_path / "scored"
     scored = eval_sense.main(
         ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(out)]
-        + ["--controls", "gold", "majority", "--shuffled_control"]
+        + ["--controls", "gold", "majority", "--shuffled_control", "--report"]
     )
     for name in ("wer", "ner_f1", "ner_label_f1", "sa_f1"):
         low, high = scored[f"{name}_interval"]
@@ -402,6 +402,14 @@ def test_three_tasks_in_one_run_and_their_comparison(recipe, corpus, tmp_path, c
     assert (out / "sentiment.png").stat().st_size > 5000
     rows = [json.loads(line) for line in (out / "utterances.jsonl").read_text().splitlines()]
     assert {"asr", "ner", "sa", "entities", "reference_entities", "reference_sentiment"} <= rows[0].keys()
+    assert [(row["id"], row["speaker"]) for row in sorted(rows, key=lambda row: row["index"])] == [
+        (f"clip-{i}", f"speaker-{i % 2}") for i in range(5)
+    ]
+    assert [group["n"] for group in scored["wer_by"]["speaker"]] == [3, 2]
+    assert not any("wer_by" in found for found in controls.values())  # they were given the words
+    page = (out / "report.html").read_text()
+    assert "<h1>out on " in page and "greedy" in page and "training" in page and page.count("<audio") == 5
+    assert all(f"{scored[name]:.1f} [" in page for name in ("wer", "ner_f1", "sa_f1"))
 
 
 def test_what_keeps_a_control_from_running_is_said_first(recipe, tmp_path, tiny_whisper, monkeypatch):
@@ -479,6 +487,8 @@ def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
     mixed = {"tasks": {"asr": 1, "echo": 0.5}, "prompts": {"asr": "Transcribe.", "echo": "Say it twice."}}
     train_sense.main([recipe(**mixed)])
     asked = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    assert "wer" not in eval_sense.main([*asked, "--tasks", "echo", "--report"])
+    assert "heard (echo)" in (tmp_path / "scored" / "report.html").read_text()
     assert "wer" in eval_sense.main([*asked, "--tasks", "echo", "asr"])
     rows = [json.loads(line) for line in (tmp_path / "scored" / "utterances.jsonl").read_text().splitlines()]
     assert all("echo" in row and "asr" in row for row in rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
+from ..datasets import SCHEMA
 from ..report import write_text
 from .prompting import Labels
 
@@ -39,7 +40,7 @@ def write_dataset(
             rejected += [where | drop for drop in fallen]
             counts.update(_count(result, provenance["column"]))
             name = _place_audio(folder / split, row["audio"])
-            kept = {name: row[name] for name in ("id", "text", "entities", "sentiment", "language", "duration")}
+            kept = {name: row[name] for name in SCHEMA if name != "audio"}
             lines.append(json.dumps({"file_name": name, **kept, **columns}, ensure_ascii=False) + "\n")
         (folder / split).mkdir(parents=True, exist_ok=True)
         write_text(folder / split / "metadata.jsonl", "".join(lines))

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..datasets import load_corpus, read_json_lines
 from ..metrics.slue_ner.slue_ner import count_matches
-from ..report import markdown_table, plot_quality, print_table, write_html, write_text
+from ..page import Section, write_page
+from ..report import markdown_table, plot_quality, print_table, save_png, write_text
 from ..scoring import bootstrap, ratio, score_sa, sentiment_cells
 from ..tasks import SENTIMENTS, TAG_SETS, Answer, phrases
 from .filters import filter_entities, filter_phrases, filter_tags, plain_words
@@ -296,10 +297,13 @@ def write_report(args, found: dict):
     title = f"{args.synthetic} compared with {args.gold}"
     lead = f"{found['rows']} utterances; {found['rows_without_synthetic_label']} more have no synthetic label."
     write_text(args.output_dir / "metrics.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    plot_quality(found, args.output_dir / "quality.png")
+    picture = plot_quality(found)
+    save_png(picture, args.output_dir / "quality.png")
     sections = "\n\n".join(f"## {name}\n\n{markdown_table(*table)}" for name, table in tables.items())
     write_text(args.output_dir / "report.md", f"# {title}\n\n{lead}\n\n![Scores](quality.png)\n\n{sections}\n")
-    write_html(args.output_dir / "report.html", title, lead, tables, args.output_dir / "quality.png")
+    scores = Section("Scores", figure=picture, alt="Scores and confusions; the tables below have the numbers.")
+    sections = [scores, *(Section(name, table=table) for name, table in tables.items())]
+    write_page(args.output_dir / "report.html", title, lead, sections)
     for name, table in tables.items():
         print_table(name, *table)
     print(f"{lead} Report: {args.output_dir / 'report.html'}", flush=True)

@@ -71,6 +71,7 @@ def test_folder(corpus, streaming, without_torchcodec):
         "sentiment": "Neutral",
         "language": "en",
         "duration": 0.5,
+        "speaker": None,
     }
     assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", None, None, None)
     assert [len(load_audio(row["audio"])) for row in (first, second)] == [8000, 16000]
@@ -102,6 +103,20 @@ def test_other_columns(tmp_path):
     (tmp_path / "c" / "train" / "metadata.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8-sig")
     loaded = load_corpus(tmp_path / "c", "train", audio_column="clip", text_column="said")
     assert (loaded[0]["id"], loaded[0]["text"], len(load_audio(loaded[0]["audio"]))) == ("x", "Yes.", 8000)
+
+
+@pytest.mark.parametrize(
+    "columns, speaker",
+    [
+        ({"speaker": "ann"}, "ann"),
+        ({"speaker_id": 84}, "84"),
+        ({"speaker": None, "speaker_id": 0}, "0"),
+        ({"speaker": ""}, None),
+    ],
+)
+def test_speakers(tmp_path, columns, speaker):
+    write_split(tmp_path / "c" / "train", [ROWS[0] | columns])
+    assert load_corpus(tmp_path / "c", "train")["speaker"] == [speaker]
 
 
 def test_missing_files_are_counted(tmp_path):
@@ -176,6 +191,7 @@ def librispeech(tmp_path):
 def test_librispeech(librispeech, without_torchcodec):
     loaded = load_corpus(librispeech, "dev-clean")
     assert loaded.features == SCHEMA and loaded["id"] == ["84-12-0000", "84-12-0001"]
+    assert loaded["speaker"] == ["84", "84"]
     assert set(loaded["text"]) == {"HE SPOKE"} and len(load_audio(loaded[1]["audio"])) == 4800
 
 
@@ -205,11 +221,13 @@ def hub_like(tmp_path, monkeypatch):
         "normalized_ner": datasets.List(
             {k: datasets.Value(v) for k, v in [("type", "string"), ("start", "int32"), ("length", "int32")]}
         ),
+        "speaker_id": datasets.Value("int64"),
     }
     rows = [
         {"sound": {"bytes": clip.read_bytes(), "path": "one.wav"}, "normalized_text": "ann", "normalized_ner": tags},
         {"sound": {"bytes": clip.read_bytes(), "path": None}, "normalized_text": "", "normalized_ner": []},
     ]
+    rows = [row | {"speaker_id": 7} for row in rows]
     source = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     source = source.cast_column("sound", datasets.Audio(decode=False))
     (tmp_path / "parquet").mkdir()
@@ -223,6 +241,7 @@ COLUMNS = {"audio_column": "sound", "text_column": "normalized_text"}
 def check_hub_rows(rows):
     assert [row["id"] for row in rows] == ["one", "test-1"]
     assert [row["entities"] for row in rows] == [[["PERSON", 0, 3]], []]
+    assert [row["speaker"] for row in rows] == ["7", "7"]
     assert [list(row) for row in rows] == [list(SCHEMA)] * 2
     assert [len(load_audio(row["audio"])) for row in rows] == [8000, 8000]
 

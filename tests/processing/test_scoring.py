@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from processing.scoring import bootstrap, plain, ratio, score, score_asr, score_ner, score_sa
+from processing.scoring import FEWEST, bootstrap, plain, ratio, score, score_asr, score_ner, score_sa, wer_by
 from processing.tasks import SENTIMENTS, Answer, make_tasks
 
 
@@ -29,6 +29,30 @@ def test_wer_counts_words_as_they_are_and_normalised():
     found = score_asr(rows, answers)
     assert found["wer"] == pytest.approx(100 * 4 / 8) and found["wer_normalized"] == 0
     assert found["wer_normalized_interval"] == [0, 0]
+
+
+def test_groups_of_utterances_share_out_the_errors():
+    rows, answers = make_rows(60)
+    rows = [row | {"speaker": ["ann", "bob", None][i % 3]} for i, row in enumerate(rows)]
+    seconds = [1 + i / 4 for i in range(60)]
+    found = wer_by(rows, answers, seconds)
+    assert [group["group"] for group in found["speaker"]] == ["ann", "bob", "unknown"]
+    assert [group["group"] for group in found["duration"]][:2] == ["below 2 s", "2 to 4 s"]
+    assert [group["n"] for group in found["duration"]] == [4, 8, 8, 8, 8, 20, 4]  # up to 15.75 s, each its lower edge
+    total = score_asr(rows, answers)["wer_normalized"]
+    for groups in found.values():
+        assert sum(group["n"] for group in groups) == 60
+        errors, words = (sum(group[key] for group in groups) for key in ("errors", "words"))
+        assert 100 * errors / words == pytest.approx(total)
+        for group in groups:
+            assert ("wer_normalized_interval" in group) == (group["n"] >= FEWEST)
+            low, high = group.get("wer_normalized_interval", (0, 1000))
+            assert low <= group["wer_normalized"] <= high
+    slow = wer_by([{"text": "anna left", "speaker": None}], [Answer(text="anna")], [1.0])
+    assert slow == {
+        "duration": [{"group": "below 2 s", "n": 1, "words": 2, "errors": 1, "wer_normalized": 50}],
+        "speaking_rate": [{"group": "2 to 2.5 words/s", "n": 1, "words": 2, "errors": 1, "wer_normalized": 50}],
+    }
 
 
 def test_point_values_lie_on_the_counts_that_the_intervals_are_of():
