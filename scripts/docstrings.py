@@ -8,7 +8,7 @@ import griffe
 # [`SenseModel`], [`~SenseForConditionalGeneration.quantize`]: the tilde shows the last part alone.
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 # frames (`torch.Tensor` of shape `(batch, frames)`, *optional*): a type is shown as code, marks and all.
-TYPED = re.compile(r"^(\s+\w+ \()(.*)(\):)", re.MULTILINE)
+TYPED = re.compile(r"^(\s+\w+ \()(.*?)(\):)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
