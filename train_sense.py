@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -500,11 +501,14 @@ def count_audio_tokens(rows, cache, processor) -> list[int]:
     return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
 
 
-def longest_clip(durations: list[float | None]) -> float:
-    """What a model gets used to, in whole seconds, one at least; where a duration is not known, 30."""
+def usual_length(durations: list[float | None]) -> float:
+    """
+    The length that three of four clips stay below, in whole seconds; where a duration is not known, 30. On windows as
+    long as the longest of their training clips models do worse: docs/long_recordings.md.
+    """
     if None in durations:
         return MAX_SECONDS
-    return min(MAX_SECONDS, max(1, math.ceil(max(durations))))
+    return min(MAX_SECONDS, max(1, math.ceil(np.percentile(durations, 75))))
 
 
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
@@ -564,7 +568,7 @@ def main(argv: list[str] | None = None) -> dict:
     dev = dev.add_column(training.length_column_name, count_audio_tokens(dev, dev_cache, processor))
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
-    processor.chunk_length_s = longest_clip(train["duration"])
+    processor.chunk_length_s = usual_length(train["duration"])
 
     checkpoint = training.resume_from_checkpoint
     if checkpoint is None and Path(training.output_dir).is_dir():

@@ -40,24 +40,26 @@ def write_recording(path: Path, rows, minutes: float) -> list[int]:
     return order
 
 
-def make_pipe(model: str) -> SpokenLanguageUnderstandingPipeline:
+def make_pipe(model: str, chunk_length_s: float | None = None) -> SpokenLanguageUnderstandingPipeline:
     parts = load_checkpoint(model)
-    how = {"return_entities": False, "return_sentiment": False}
+    how = {"return_entities": False, "return_sentiment": False, "chunk_length_s": chunk_length_s}
     return SpokenLanguageUnderstandingPipeline(model=parts[0], processor=parts[1], **how)
 
 
-def hear_recording(model: str, path: str, batch_size: int) -> dict:
+def hear_recording(model: str, path: str, batch_size: int, chunk_length_s: float | None) -> dict:
     """Runs alone in a process: text, seconds and the peak of the process's memory."""
-    pipe = make_pipe(model)
+    pipe = make_pipe(model, chunk_length_s)
     before = time.perf_counter()
     found = pipe(path, batch_size=batch_size, return_timestamps=True, progress=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": time.perf_counter() - before, "peak_mib": peak, "windows": len(found["chunks"])} | found
 
 
-def in_own_process(model: str, path: Path, batch_size: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.long_audio", "--model", model, "--hear", path]
-    command += ["--batch_size", str(batch_size)]
+def in_own_process(args, path: Path) -> dict:
+    command = [sys.executable, "-m", "benchmarks.long_audio", "--model", args.model, "--hear", path]
+    command += ["--batch_size", str(args.batch_size)]
+    if args.chunk_length_s:
+        command += ["--chunk_length_s", str(args.chunk_length_s)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -74,13 +76,14 @@ def measure(args) -> dict:
     by_length = sorted(range(len(rows)), key=lambda i: -(rows[i]["duration"] or 0))
     clips = [load_audio(rows[i]["audio"]) for i in by_length]
     singly = {i: found["text"] for i, found in zip(by_length, pipe(clips, batch_size=args.batch_size))}
-    results = {"clips": len(rows), "chunk_length_s": pipe.processor.chunk_length_s, "recordings": []}
+    chunk = args.chunk_length_s or pipe.processor.chunk_length_s
+    results = {"clips": len(rows), "chunk_length_s": chunk, "recordings": []}
     del pipe, clips
     for minutes in args.minutes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recording.wav"
             order = write_recording(path, rows, minutes)
-            found = in_own_process(args.model, path, args.batch_size)
+            found = in_own_process(args, path)
         text = " ".join(rows[i]["text"] for i in order)
         wers = {"wer": wer([(text, found["text"])]), "wer_by_clip": wer([(rows[i]["text"], singly[i]) for i in order])}
         kept = {name: found[name] for name in ("duration", "windows", "seconds", "peak_mib")}
@@ -107,12 +110,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--minutes", nargs="+", type=float, default=[5, 60])
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--chunk_length_s", type=float, help="longest window; default: what the model is used to")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     parser.add_argument("--hear", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.config_name = None
     if args.hear:
-        print(json.dumps(hear_recording(args.model, args.hear, args.batch_size)))
+        print(json.dumps(hear_recording(args.model, args.hear, args.batch_size, args.chunk_length_s)))
         return {}
     results = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)

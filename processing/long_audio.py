@@ -19,29 +19,33 @@ STEP = 512  # samples that the detector judges at a time, 32 ms
 BLOCK_SECONDS = 20
 SPEECH = 0.5  # probability from which on a step counts as speech
 MARGIN = 6  # steps of silence that stay around speech
-LONG_PAUSE = 31  # steps, 1 s: a window ends here, however short it is
+LONG_PAUSE = 16  # steps, 0.5 s: a window ends here, however short it is
 
 
-def speech_windows(blocks: Iterator[np.ndarray], max_seconds: float = 30.0) -> Iterator[tuple[float, np.ndarray]]:
+def speech_windows(
+    blocks: Iterator[np.ndarray], max_seconds: float = 30.0, whole_seconds: float | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
     """
-    Windows of speech, one after the other. A recording of at most `max_seconds` is one window, as it is; of a longer
-    one, windows hold no pause above a second, and are cut in the longest pause of their second half.
+    Windows of speech, one after the other: they hold no pause above half a second, and are cut in the longest pause
+    of their second half.
 
     Args:
         blocks: the recording, from `read_blocks`.
         max_seconds: the longest window.
+        whole_seconds: a recording that is no longer is one window, as it is; `max_seconds` by default.
 
     Yields:
         the window's start in seconds and its samples, float32 `(samples,)` at 16000 Hz.
 
     Raises:
-        ImportError: the recording is longer than `max_seconds`, and silero-vad is not installed.
+        ImportError: the recording is longer than `whole_seconds`, and silero-vad is not installed.
     """
+    whole = int((whole_seconds or max_seconds) * RATE)
     most, origin, held = int(max_seconds * RATE), 0, np.zeros(0, np.float32)
     detector, probabilities = None, np.zeros(0)
     for block, is_last in _mark_last(blocks):
         held = np.concatenate([held, block])
-        if detector is None and len(held) <= most:
+        if detector is None and len(held) <= whole:
             if is_last and len(held):
                 yield 0.0, held
             continue

@@ -39,8 +39,9 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         return_sentiment (`bool`, *optional*): by default where the model was trained for sentiment ("sa").
         return_timestamps (`bool` or `"word"`, *optional*): times in seconds of each window (True) or each word
             (`"word"`) in `chunks`, and of each entity.
-        chunk_length_s (`float`, *optional*): the longest window; longer recordings are cut at pauses. By default that
-            of the longest clip that the model was trained on; at most 30.
+        chunk_length_s (`float`, *optional*): recordings that are longer are cut at pauses, into windows that are no
+            longer. By default recordings above 30 s are, into windows of the length that the model is used to: three
+            quarters of its training clips were no longer.
         generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`.
         streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
         progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
@@ -136,12 +137,12 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
                 recording.heard.append(heard)
 
     def preprocess(self, audio, sampling_rate=None, chunk_length_s=None, progress=None) -> "Recording":
-        chunk_length_s = chunk_length_s or self.processor.chunk_length_s
+        whole, chunk_length_s = chunk_length_s or MAX_SECONDS, chunk_length_s or self.processor.chunk_length_s
         source, rate, name = open_audio(audio, sampling_rate, RATE)
         duration = (len(source) if isinstance(source, np.ndarray) else source.frames) / rate
-        windows = speech_windows(read_blocks(source, rate, name), chunk_length_s)
+        windows = speech_windows(read_blocks(source, rate, name), chunk_length_s, whole)
         silent = not progress if progress is not None else None  # None: a bar in terminals only
-        return Recording(duration, _with_bar(windows, duration, True if duration <= chunk_length_s else silent))
+        return Recording(duration, _with_bar(windows, duration, True if duration <= whole else silent))
 
     def _forward(
         self,

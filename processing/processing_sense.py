@@ -207,7 +207,7 @@ class SenseProcessor(ProcessorMixin):
         audio_tokens: `"trim"` keeps the audio tokens that hold speech, `"fixed"` all of them.
         prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
             speech."}`, saved with it: another one costs accuracy.
-        chunk_length_s: the longest clip that the model was trained on, in seconds. Pipelines cut longer recordings.
+        chunk_length_s: the length of clips that the model is used to, in seconds. Pipelines cut longer recordings.
 
     Raises:
         ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens` or `chunk_length_s` is

@@ -70,10 +70,10 @@ def test_a_window_ends_at_a_long_pause():
 
 
 def test_short_pauses_stay_inside_until_the_window_is_full():
-    speech = steps((1, 100), (0, 10), (1, 60), (0, 20), (1, 60))
+    speech = steps((1, 100), (0, 8), (1, 60), (0, 12), (1, 60))
     assert find_window(speech, most=900, is_last=False) is None
-    assert find_window(speech, most=900, is_last=True) == (0, 250, 250)
-    assert find_window(speech, most=200, is_last=False) == (0, 180, 180)  # the middle of the longer pause
+    assert find_window(speech, most=900, is_last=True) == (0, 240, 240)
+    assert find_window(speech, most=200, is_last=False) == (0, 174, 174)  # the middle of the longer pause
 
 
 def test_speech_without_a_pause_is_cut_where_it_is_least_like_speech():

@@ -184,7 +184,7 @@ def test_entities_stand_where_they_say_in_text_and_time(said):
 def speech_and_silence(pipe, monkeypatch, *windows):
     """Makes the voice detector find these windows, `(start, end)` in seconds."""
 
-    def cut(blocks, max_seconds):
+    def cut(blocks, max_seconds, whole_seconds):
         recording = np.concatenate(list(blocks))
         for start, end in windows:
             yield start, recording[int(start * RATE) : int(end * RATE)]
@@ -256,17 +256,20 @@ def test_a_streamer_writes_the_answer_alone(pipe):
     assert " ".join("".join(streamer).split()) == found["text"]
 
 
-def test_windows_are_no_longer_than_the_clips_of_training(parts, monkeypatch, tmp_path):
+def test_long_recordings_are_cut_to_what_the_model_is_used_to(parts, monkeypatch, tmp_path):
     model, processor = parts[0], SenseProcessor.from_pretrained(_saved(parts[1], tmp_path))
     assert processor.chunk_length_s == 12
     asked = []
-    monkeypatch.setattr(
-        "processing.pipeline_sense.speech_windows", lambda blocks, most: asked.append(most) or iter(())
-    )
+
+    def cut(blocks, *seconds):
+        asked.append(seconds)
+        return iter(())
+
+    monkeypatch.setattr("processing.pipeline_sense.speech_windows", cut)
     pipe = SpokenLanguageUnderstandingPipeline(model, processor)
     pipe(tone(1))
     pipe(tone(1), chunk_length_s=20)
-    assert asked == [12, 20]
+    assert asked == [(12, 30), (20, 20)]  # up to 30 s they stay whole, unless it is asked for otherwise
 
 
 def _saved(processor, folder):
