@@ -317,7 +317,7 @@ def workplace(tmp_path_factory, tiny_whisper, tiny_llama) -> Path:
         (folder / name).symlink_to(target)
     soundfile.write(folder / "one.flac", tone(1.5), 16000)
     soundfile.write(folder / "two.wav", np.stack([tone(1.0, 44100)] * 2, 1), 44100)
-    soundfile.write(folder / "talk.flac", tone(11.0), 16000)
+    soundfile.write(folder / "talk.wav", tone(11.0), 16000)
     return folder
 
 
