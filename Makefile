@@ -1,6 +1,7 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint and all tests
 # make bench        speed and memory beside peers, into benchmarks/results (35 minutes on two cores)
+# make docs         the documentation as a site, into outputs/docs
 # PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench lint backbones browser
+.PHONY: quickstart test bench docs lint backbones browser
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,9 @@ test: lint backbones browser
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --out benchmarks/results
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build
 
 # A Chromium for the page's tests: the system's, Playwright's own, or Debian's.
 browser: $(VENV)/installed

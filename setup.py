@@ -8,6 +8,13 @@ from setuptools import find_packages, setup
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]  # the language model in 8 or 4 bits
 APP = ["gradio>=6.31,<7"]  # the page
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
+DOCS = [  # `make docs`, and the notebook that the tests run
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=1.0,<2",
+    "ipykernel>=7,<8",
+    "nbclient>=0.10,<1",
+    "nbformat>=5.10,<6",
+]
 
 setup(
     name="sense-asr",
@@ -58,10 +65,12 @@ setup(
     extras_require={
         "app": APP,
         "controls": CONTROLS,
+        "docs": DOCS,
         "quantize": QUANTIZE,
         "dev": [
             *APP,
             *CONTROLS,
+            *DOCS,
             *QUANTIZE,
             "transformers[serving]",
             "hypothesis>=6.100,<7",

@@ -154,7 +154,7 @@ class SenseClassifier(nn.Module):
         Binary cross-entropy of each tag (present or not), or cross-entropy of the class; mean over the clips.
 
         Args:
-            logits (`torch.Tensor` of shape `(clips, labels)`).
+            logits (`torch.Tensor` of shape `(clips, labels)`): as `forward` gives them.
             labels (`torch.Tensor`): 0 or 1 of shape `(clips, labels)`, or the class of shape `(clips,)`;
                 -100 for a clip without a label, which does not count.
             weights (`torch.Tensor` of shape `(labels,)`, *optional*): of the tags where they are present, or of the

@@ -27,9 +27,10 @@ SECONDS_PER_FRAME = 0.02  # of Whisper's encoder
 
 class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     """
-    Hears recordings: what was said, which entities were named, how it was meant.
+    Hears recordings: what was said, which entities were named, how it was meant. Each argument is one of a call, or of
+    `pipeline(...)` for every call.
 
-    Args of a call, or of `pipeline(...)` for every call:
+    Args:
         inputs: one recording or a list, generator or dataset of them, each a path, an address, bytes, a file object,
             an array, or a dict with `array` (or `raw`) and `sampling_rate`; of any length.
         batch_size (`int`, *optional*, defaults to 1): windows heard at a time, of one recording or of several.

@@ -55,12 +55,16 @@ def make_space(folder: Path, model: str):
     work.rename(folder)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True, help="the model's id on the Hub")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         make_space(args.folder, args.model)
     except ValueError as error:
         parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
