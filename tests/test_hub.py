@@ -243,7 +243,7 @@ def test_pipeline_and_tasks_travel_with_the_processor(away, whole, tmp_path):
     pipe = pipeline("spoken-language-understanding", model=whole["folder"])  # the package's own, which needs no trust
     assert type(pipe).__module__ == "processing.pipeline_sense"
     here = pipe(tone(1.0), return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
-    assert away["pipeline"] == json.loads(json.dumps(here)) and here["text"]
+    assert away["asr"] == away["pipeline"] == json.loads(json.dumps(here)) and here["text"]
 
 
 def test_the_samples_of_the_cards_run(away):
