@@ -23,7 +23,7 @@ $(VENV)/installed: setup.py pyproject.toml
 	touch $@
 
 backbones: $(VENV)/installed
-	$(BIN)/python scripts/get_backbones.py whisper-tiny.en SmolLM2-135M-Instruct en_core_web_sm
+	$(BIN)/python -m processing.backbones whisper-tiny.en SmolLM2-135M-Instruct en_core_web_sm
 
 quickstart: backbones
 	$(BIN)/python -m processing.synthesis $(DATA) --grammar quickstart --train 800 --dev 60 --test 100

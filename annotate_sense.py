@@ -37,9 +37,9 @@ from processing.annotation.output import write_dataset
 from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation, SentimentAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
+from processing.backbones import resolve_backbone
 from processing.datasets import first_rows, load_corpus
 from processing.report import print_table
-from scripts.get_backbones import resolve_backbone
 
 
 def make_task(args) -> EntityAnnotation | SentimentAnnotation:

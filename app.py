@@ -9,6 +9,7 @@ import argparse
 import os
 import queue
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from processing.tasks import ALL_TAGS, RAW_TO_COMBINED, SENTIMENTS, read_tags
 
 
 MAX_UPLOAD = "500mb"  # 80 minutes of CD quality
+MAX_MINUTES = 180  # of a recording: one at a time is heard
 MAX_WAITING = 20  # visitors in the queue
 KEEP_SECONDS = 3600  # recordings are deleted after so long
 MOST_BARS = 1500  # of the waveform
@@ -46,6 +48,7 @@ COLOURS = {
 }
 OTHER_COLOUR = "#666666"
 COLOUR_OF = {tag: COLOURS.get(RAW_TO_COMBINED.get(tag, tag), OTHER_COLOUR) for tag in sorted(ALL_TAGS)}
+HEARING = threading.Lock()
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 CSS = """
@@ -109,14 +112,16 @@ def listen(pipe: SpokenLanguageUnderstandingPipeline, path: str) -> Iterator[dic
 
     def work():
         try:
-            for result in pipe.stream(path, return_timestamps="word", streamer=streamer):
-                events.put(result)
+            with HEARING:  # one that was cancelled may still be in its last step
+                for result in pipe.stream(path, return_timestamps="word", streamer=streamer):
+                    if streamer.stopped.is_set():
+                        return
+                    events.put(result)
             events.put(None)
         except Exception as error:  # raised again below, in the thread that asked
             events.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     try:
         while (event := events.get()) is not None:
             if isinstance(event, Exception):
@@ -124,8 +129,7 @@ def listen(pipe: SpokenLanguageUnderstandingPipeline, path: str) -> Iterator[dic
             if isinstance(event, dict) or events.empty():  # unfinished text that is old already is left out
                 yield event
     finally:
-        streamer.stopped.set()
-        thread.join()
+        streamer.stopped.set()  # without waiting: Gradio closes this in its event loop
 
 
 def highlights(result: dict, unfinished: str = "") -> dict:
@@ -148,11 +152,13 @@ def read_waveform(path: str) -> tuple[np.ndarray, float, bool]:
         someone speaks in its first 30 s (a longer one is searched for speech by the pipeline).
 
     Raises:
-        ValueError: not readable as audio, without samples, or with NaN among them.
+        ValueError: not readable as audio, without samples, with NaN among them, or too long for the page.
     """
     source, rate, name = open_audio(path)
     with source:
         seconds = source.frames / rate
+        if seconds > 60 * MAX_MINUTES:
+            raise ValueError(f"This recording lasts {seconds / 60:.0f} minutes; the page takes up to {MAX_MINUTES}.")
         detector, probability, peaks = SpeechDetector(), 0.0, []
         step = max(RATE // 200, int(seconds * RATE) // MOST_BARS + 1)
         held = np.zeros(0, np.float32)
@@ -226,10 +232,10 @@ def times_table(entities: list[dict]) -> str:
 
 def clock(seconds: float, digits: int = 0) -> str:
     """Seconds as a reader likes them: 7.25 s, 1:07."""
-    minutes, rest = divmod(seconds, 60)
-    if minutes:
+    if round(seconds, digits) >= 60:
+        minutes, rest = divmod(round(seconds, digits), 60)
         return f"{minutes:.0f}:{rest:0{3 + digits if digits else 2}.{digits}f}"
-    return f"{rest:.{digits}f} s" if digits or rest == int(rest) else f"{rest:.1f} s"
+    return f"{seconds:.{digits}f} s" if digits or seconds == int(seconds) else f"{seconds:.1f} s"
 
 
 def status(text: str, done: float | None = None) -> str:
@@ -307,7 +313,9 @@ def make_examples(folder: Path) -> list[tuple[str, str]]:
 
 def find_examples(folder: Path) -> list[tuple[str, str]]:
     """Audio files of a folder, and their names."""
-    found = [(str(path), path.stem) for path in sorted(folder.iterdir()) if path.suffix.lower() in AUDIO_SUFFIXES]
+    found = []
+    if folder.is_dir():
+        found = [(str(path), path.stem) for path in sorted(folder.iterdir()) if path.suffix.lower() in AUDIO_SUFFIXES]
     if not found:
         raise ValueError(f"{folder}: no audio to give as examples; put WAV, FLAC, OGG or MP3 files there")
     return found
@@ -362,12 +370,14 @@ def build_page(
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    model, processor = load_checkpoint(args.model)
+    try:
+        examples = find_examples(Path(args.examples)) if args.examples else None
+        model, processor = load_checkpoint(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     pipe = SpokenLanguageUnderstandingPipeline(model=model, processor=processor)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(args.examples)
-        examples = find_examples(folder) if folder.is_dir() else make_examples(Path(made))
-        page = build_page(pipe, "/".join(Path(args.model).parts[-2:]), examples)
+        page = build_page(pipe, "/".join(Path(args.model).parts[-2:]), examples or make_examples(Path(made)))
         fonts = ["system-ui", "sans-serif"]  # the page asks no other server for anything
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
         page.launch(
@@ -378,7 +388,7 @@ def main(argv: list[str] | None = None):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=os.environ.get("SENSE_MODEL"), help="default: $SENSE_MODEL")
-    parser.add_argument("--examples", default="examples", help="folder of recordings; without it, some are spoken")
+    parser.add_argument("--examples", help="folder of recordings; without it, some are spoken")
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, or the first free one from 7860")
     args = parser.parse_args(argv)
     if not args.model:

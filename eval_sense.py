@@ -29,6 +29,7 @@ from transformers import (
 
 from modeling_sense import QUANTIZATIONS
 from processing import report
+from processing.backbones import resolve_backbone
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
@@ -37,7 +38,6 @@ from processing.pipeline_sense import AnswerLimits
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
-from scripts.get_backbones import resolve_backbone
 
 
 CONTROLS = ("cascade", "gold", "majority")

@@ -24,8 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_sense", "processing", "processing.*", "scripts"])
-    + ["recipes", "recipes.mini"],
+    packages=find_packages(include=["modeling_sense", "processing", "processing.*"]) + ["recipes", "recipes.mini"],
     package_data={
         "processing": ["templates/*"],
         "processing.metrics": ["*/README.md", "*/requirements.txt"],

@@ -33,6 +33,7 @@ from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration
 from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
 from processing.annotation.noise import RATES, add_noise, with_annotation
+from processing.backbones import resolve_backbone
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
@@ -44,7 +45,6 @@ from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
-from scripts.get_backbones import resolve_backbone
 
 
 @dataclass

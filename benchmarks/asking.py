@@ -81,8 +81,8 @@ class WhisperPipeline(nn.Module):
 
 def text_tools() -> tuple[Callable, Callable, str]:
     """spaCy and VADER as far as they are here, as functions of a list of texts, and a note of what they are."""
+    from processing.backbones import cache_folder
     from processing.controls import SPACY_MODEL, SpacyTagger, VaderSentiment
-    from scripts.get_backbones import cache_folder
 
     tag = rate = len  # no work
     try:

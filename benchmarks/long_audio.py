@@ -79,7 +79,7 @@ def measure(args) -> dict:
     chunk = args.chunk_length_s or pipe.processor.chunk_length_s
     results = {"clips": len(rows), "chunk_length_s": chunk, "recordings": []}
     del pipe, clips
-    for minutes in args.minutes:
+    for minutes in sorted(args.minutes):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recording.wav"
             order = write_recording(path, rows, minutes)
@@ -105,7 +105,7 @@ def page(results: dict) -> str:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset")
+    parser.add_argument("--dataset", required="--hear" not in (sys.argv if argv is None else argv))
     parser.add_argument("--splits", nargs="+", default=["dev", "test"])
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--minutes", nargs="+", type=float, default=[5, 60])

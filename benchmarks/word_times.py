@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
 from processing.alignment import monotonic_path, standardize, word_times
+from processing.backbones import resolve_backbone
 from processing.hub import load_checkpoint
 from processing.pipeline_sense import SECONDS_PER_FRAME
 from processing.processing_sense import MAX_SECONDS, load_audio
 from processing.report import markdown_table, write_text
 from processing.warm_start import WordAligner
-from scripts.get_backbones import resolve_backbone
 
 
 HEADS = 8  # of the language model, whose attention is averaged

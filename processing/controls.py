@@ -33,7 +33,7 @@ class SpacyTagger:
     def from_pretrained(cls, model: str | os.PathLike = SPACY_MODEL, combined: bool = False) -> "SpacyTagger":
         """
         With an installed spaCy model, by name, or one in a folder. Where en_core_web_sm is not installed, it is loaded
-        from the cache of `scripts/get_backbones.py`, fetched if it is not there yet.
+        from the cache of `processing/backbones.py`, fetched if it is not there yet.
 
         Raises:
             ImportError: spaCy is not installed.
@@ -116,7 +116,7 @@ def _optional(module: str) -> ModuleType:
 
 def _fetch_model() -> str:
     """Folder of the pinned en_core_web_sm."""
-    from scripts.get_backbones import backbone_path
+    from .backbones import backbone_path
 
     try:
         return str(backbone_path(SPACY_MODEL))

@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from modeling_sense import SenseForConditionalGeneration, quantization_config
 from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fetch_adapter, read_adapter_config
-from scripts.get_backbones import resolve_backbone
 
+from .backbones import resolve_backbone
 from .model_card import make_card
 from .processing_sense import SenseProcessor
 from .report import write_text
@@ -157,7 +157,7 @@ def published_backbones(backbones: dict | None, needed: bool) -> dict | None:
                 raise ValueError(f"adapter_only: it is not known where the {part} backbone came from")
             continue
         folder = _resolved(found[part]["id"])
-        source = Path(folder or found[part]["id"]) / "SOURCE.json"  # of scripts/get_backbones.py
+        source = Path(folder or found[part]["id"]) / "SOURCE.json"  # of processing/backbones.py
         origin = json.loads(source.read_text())["source"] if source.is_file() else ""
         if origin.startswith("hub:"):
             name, _, commit = origin.removeprefix("hub:").partition("@")

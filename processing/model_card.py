@@ -12,8 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_sense.modeling_sense import is_trained
-from scripts.get_backbones import BACKBONES
 
+from .backbones import BACKBONES
 from .pipeline_sense import TASK
 from .processing_sense import MAX_SECONDS
 from .report import comparison, markdown_table, write_text
@@ -287,7 +287,7 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
         f"```python\n{sample.format(repo_id=repo_id)}{ASK.format(tasks=list(processor.prompts))}```\n\n"
         "Clips are paths, bytes or arrays. With the package sense-asr installed, `import modeling_sense, processing` "
         "takes the place of `trust_remote_code=True`."
-        + (" The backbones come from its scripts/get_backbones.py." if sample == PACKAGE_SAMPLE else "")
+        + (" The backbones come from its processing/backbones.py." if sample == PACKAGE_SAMPLE else "")
     )
 
 

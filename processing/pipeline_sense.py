@@ -7,6 +7,7 @@ Importing this package registers it; a saved model brings this file along as its
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -117,17 +118,21 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     def _batches(self, inputs, batch_size: int, preprocess_params: dict) -> Iterator[tuple]:
         """Each recording when it is opened, or None; and full batches of `(recording, window)`, or an empty one."""
         batch = []
-        for audio in inputs:
-            recording = self.preprocess(audio, **preprocess_params)
-            yield recording, []
-            for window in recording.windows:
-                batch.append((recording, window))
-                recording.given += 1
-                if len(batch) == batch_size:
-                    yield None, batch
-                    batch = []
-            recording.is_read = True
-            yield None, []
+        try:
+            for audio in inputs:
+                recording = self.preprocess(audio, **preprocess_params)
+                yield recording, []
+                for window in recording.windows:
+                    batch.append((recording, window))
+                    recording.given += 1
+                    if len(batch) == batch_size:
+                        yield None, batch
+                        batch = []
+                recording.is_read = True
+                yield None, []
+        except (ValueError, OSError, ImportError):
+            yield None, batch  # what was heard before a bad recording is not lost
+            raise
         yield None, batch
 
     def _hear(self, batch: list[tuple], forward_params: dict):
@@ -209,7 +214,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         texts = [found["text"] for found in heard]
         result = {"text": " ".join(texts), "duration": recording.duration}
         if self._is_asked("ner", return_entities):
-            offsets = [sum(len(text) + 1 for text in texts[:i]) for i in range(len(texts))]
+            offsets = accumulate((len(text) + 1 for text in texts), initial=0)
             result["entities"] = [entity for pair in zip(heard, offsets) for entity in _entities(*pair)]
         if self._is_asked("sa", return_sentiment):
             result["sentiment"] = _mean_sentiment(recording.heard) if recording.heard else None

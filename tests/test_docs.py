@@ -127,7 +127,7 @@ PROGRAMS = (
     "app.py",
     "train_sense.py",
     "scripts/ablation.py",
-    "scripts/get_backbones.py",
+    "processing/backbones.py",
     "scripts/make_space.py",
     "processing.report",
     "processing.synthesis",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import spacy
 
+from processing import backbones
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment, sentiment_of
 from processing.tasks import SENTIMENTS, phrases
-from scripts import get_backbones
 
 
 RULES = [("PERSON", "anna karenina"), ("GPE", "Moscow"), ("DATE", "two days"), ("FAC", "the bolshoi"), ("PERSON", "é")]
@@ -59,7 +59,7 @@ def test_model_of_a_folder(tmp_path):
 def not_installed(monkeypatch, tmp_path):
     """en_core_web_sm is not installed and the cache is empty."""
     monkeypatch.setattr(spacy.util, "is_package", lambda name: False)
-    monkeypatch.setattr(get_backbones.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(backbones.constants, "HF_HOME", str(tmp_path / "hf"))
     return tmp_path
 
 
@@ -77,18 +77,16 @@ def pin_wheel(monkeypatch, folder: Path, digest: str | None = None) -> list[list
             for name, path in names.items():
                 wheel.write(path, name)
             wheel.writestr("model/__init__.py", "raise RuntimeError('code of the wheel was run')")
-        return get_backbones.subprocess.CompletedProcess(command, 0)
+        return backbones.subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(get_backbones.subprocess, "run", pip)
-    monkeypatch.setitem(
-        get_backbones.BACKBONES, "en_core_web_sm", get_backbones.Backbone(None, {"model==1.0": digests})
-    )
+    monkeypatch.setattr(backbones.subprocess, "run", pip)
+    monkeypatch.setitem(backbones.BACKBONES, "en_core_web_sm", backbones.Backbone(None, {"model==1.0": digests}))
     return calls
 
 
 def test_fetched_once_where_not_installed(monkeypatch, not_installed):
     """Download, hashes, cache, load: and nobody asks the Hub, which does not have it in this form."""
-    monkeypatch.setattr(get_backbones, "ask_hub", lambda hub_id: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(backbones, "ask_hub", lambda hub_id: pytest.fail("asked the Hub"))
     calls = pin_wheel(monkeypatch, not_installed)
     for _ in range(2):
         assert SpacyTagger.from_pretrained().tag(["in Moscow"]) == [[["GPE", 3, 6]]]
@@ -107,14 +105,14 @@ def test_forged_model_is_not_loaded(monkeypatch, not_installed):
 
 def test_installed_model_comes_first(monkeypatch):
     monkeypatch.setattr(spacy.util, "is_package", lambda name: name == "en_core_web_sm")
-    monkeypatch.setattr(get_backbones, "backbone_path", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr(backbones, "backbone_path", lambda name: pytest.fail("fetched"))
     monkeypatch.setattr(spacy, "load", {"en_core_web_sm": make_pipeline()}.__getitem__)
     assert SpacyTagger.from_pretrained().tag(["in Moscow"]) == [[["GPE", 3, 6]]]
 
 
 def test_neither_installed_nor_to_be_fetched(monkeypatch, not_installed):
-    failed = get_backbones.subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(get_backbones.subprocess, "run", lambda *args, **kwargs: failed)
+    failed = backbones.subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(backbones.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(RuntimeError) as error:
         SpacyTagger.from_pretrained()
     for part in (

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import annotate_sense
+from processing.backbones import backbone_path
 from processing.datasets import load_corpus
 from processing.grammar import sentences
 from processing.tasks import combine
-from scripts.get_backbones import backbone_path
 from tests.test_annotate import journal, wait_for, write_transcripts
 
 

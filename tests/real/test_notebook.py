@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from scripts.get_backbones import backbone_path
+from processing.backbones import backbone_path
 
 
 pytestmark = pytest.mark.real

@@ -10,6 +10,7 @@ from benchmarks.word_times import Hearing, choose_clips, errors
 from eval_sense import transcribe_whisper, understand
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
+from processing.backbones import backbone_path
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.processing_sense import load_audio
@@ -17,7 +18,6 @@ from processing.scoring import NORMALIZE
 from processing.synthesis import main as synthesize
 from processing.tasks import make_tasks
 from processing.warm_start import WordAligner, warm_start
-from scripts.get_backbones import backbone_path
 
 
 pytestmark = pytest.mark.real

