@@ -503,12 +503,11 @@ def count_audio_tokens(rows, cache, processor) -> list[int]:
 
 def usual_length(durations: list[float | None]) -> float:
     """
-    The length that three of four clips stay below, in whole seconds; where a duration is not known, 30. On windows as
-    long as the longest of their training clips models do worse: docs/long_recordings.md.
+    The length that three of four clips stay below, in whole seconds; where none is known, 30. It bounds the windows
+    that long recordings are cut into (docs/long_recordings.md).
     """
-    if None in durations:
-        return MAX_SECONDS
-    return min(MAX_SECONDS, max(1, math.ceil(np.percentile(durations, 75))))
+    known = [seconds for seconds in durations if seconds is not None]
+    return min(MAX_SECONDS, max(1, math.ceil(np.percentile(known, 75)))) if known else MAX_SECONDS
 
 
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:

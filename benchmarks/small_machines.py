@@ -82,7 +82,8 @@ def paper_config() -> SenseConfig:
 def measure_form(args: argparse.Namespace, form: str) -> dict:
     """To be called in a new process: `weights` and `peak`, bytes; `imports`, those before; `seconds`; the WER."""
     before = resident_bytes("VmRSS")
-    model, processor = load_checkpoint(args.model, *FORMS[form])
+    dtype, quantize = FORMS[form]
+    model, processor = load_checkpoint(args.model, dtype, quantize=quantize)
     weights = held_bytes(model)
     rows = first_rows(load_rows(args, args.split), args.max_samples)
     begin = time.process_time()

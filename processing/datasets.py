@@ -48,8 +48,9 @@ def load_corpus(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Loads one split of a corpus as rows of `SCHEMA`: `id, audio {bytes, path}, text, entities [[tag, start, length]],
-    sentiment, language, duration, speaker`, the duration in seconds. What the corpus does not know is None: a row in
-    which nobody found an entity has [], one on whose sentiment SLUE's annotators disagreed None.
+    sentiment, language, duration, speaker`, the duration in seconds, by the file's header where no column has it. What
+    the corpus does not know is None: a row in which nobody found an entity has [], one on whose sentiment SLUE's
+    annotators disagreed None.
 
     Args:
         dataset: one of
@@ -242,9 +243,18 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> 
         "entities": _entities(row, text, columns, where),
         "sentiment": _sentiment(row.get("sentiment"), where),
         "language": row.get("language"),
-        "duration": None if duration is None else float(duration),
+        "duration": _seconds(audio) if duration is None else float(duration),
         "speaker": None if speaker is None else str(speaker),
     }
+
+
+def _seconds(audio: dict) -> float | None:
+    """By the file's header; None where it can't be read: what is wrong with it is said when it is heard."""
+    try:
+        found = soundfile.info(audio["path"] if audio["bytes"] is None else io.BytesIO(audio["bytes"]))
+    except (soundfile.SoundFileError, OSError, TypeError):
+        return None
+    return found.frames / found.samplerate
 
 
 def lower(text: str) -> str:

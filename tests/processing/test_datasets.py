@@ -73,7 +73,7 @@ def test_folder(corpus, streaming, without_torchcodec):
         "duration": 0.5,
         "speaker": None,
     }
-    assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", None, None, None)
+    assert (second["id"], second["entities"], second["duration"], second["language"]) == ("second", None, 1.0, None)
     assert [len(load_audio(row["audio"])) for row in (first, second)] == [8000, 16000]
 
 

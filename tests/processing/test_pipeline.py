@@ -313,3 +313,13 @@ def test_bad_recordings_are_named(pipe, tmp_path):
 def test_without_the_processor(parts):
     with pytest.raises(ValueError, match="needs the model's SenseProcessor"):
         SpokenLanguageUnderstandingPipeline(parts[0])
+
+
+def test_what_was_heard_before_a_bad_recording_comes_out(pipe, tmp_path):
+    (tmp_path / "notes.wav").write_text("not audio")
+    results = iter(
+        pipe((audio for audio in [tone(1), tone(2), tmp_path / "notes.wav", tone(1)]), batch_size=8, **SHORT)
+    )
+    assert [next(results)["duration"], next(results)["duration"]] == [1, 2]
+    with pytest.raises(ValueError, match="notes.wav"):
+        next(results)
