@@ -4,6 +4,7 @@ they are.
 """
 
 import copy
+import dataclasses
 
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
@@ -68,9 +69,9 @@ def name_of(config: QuantizationConfigMixin) -> str:
         name += "-double" * (config.load_in_4bit and config.bnb_4bit_use_double_quant)
         return "int4" if name == "bitsandbytes-nf4" else name
     if isinstance(config, TorchAoConfig):
-        name = type(config.quant_type).__name__
-        if group_size := getattr(config.quant_type, "group_size", None):
-            name += f"-{group_size}"
+        found = config.quant_type
+        fields = [f for f in dataclasses.fields(found) if getattr(found, f.name) != f.default]
+        name = "-".join([type(found).__name__, *(f"{f.name}={getattr(found, f.name)}" for f in fields)])
         return "int8" if name == "Int8WeightOnlyConfig" else f"torchao-{name}"
     return str(getattr(config.quant_method, "value", config.quant_method))
 

@@ -109,6 +109,7 @@ def test_the_card_tells_how_a_model_was_trained_and_scored(recipe, corpus, tmp_p
     train_sense.main([recipe(output_dir=str(two), init_from=str(one)), "--max_steps", "3"])
     card = ModelCard.load(two / "README.md")
     assert not {"language", "datasets", "model-index"} & card.data.to_dict().keys()  # a folder is no Hub id
+    assert str(tmp_path) not in card.content and 'model_id = "two"' in card.content
     name = Path(corpus).name
     for told in (
         f"### Stage 1\n\n{name}: 12 clips, 0.00 h; 1 steps",
@@ -223,7 +224,9 @@ def test_training_beside_a_quantised_language_model(recipe, corpus, tmp_path, qu
 def test_scoring_a_quantised_language_model(recipe, corpus, tmp_path, quantize):
     train_sense.main([recipe(max_steps=1, save_strategy="no")])
     what = ["--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
-    assert "wer" in eval_sense.main([*what, "--quantize", quantize])
+    metrics = eval_sense.main([*what, "--quantize", quantize, "--max_samples", "3"])
+    told = {"quantize": quantize, "quantization": quantize, "dtype": "float32", "max_samples": 3}
+    assert "wer" in metrics and told.items() <= metrics["measured_on"].items()
     assert load_checkpoint(str(tmp_path / "out"), quantize=quantize)[0].quantization == quantize
 
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from processing import load_audio
-from processing.datasets import SCHEMA, load_corpus
+from processing.datasets import SCHEMA, dataset_name, load_corpus
 from processing.tasks import phrases
 from tests.conftest import tone, wav
 
@@ -414,3 +414,11 @@ def test_lower_case_keeps_the_offsets(tmp_path):
     (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     row = load_corpus(tmp_path, "train", lowercase=True)[0]
     assert row["text"] == "mister \u0130nce came" and row["entities"] == [["PERSON", 0, 11]]
+
+
+def test_a_folder_goes_by_its_own_name_and_anything_else_is_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "speech").mkdir()
+    for name in ("~/speech", tmp_path / "speech", f"{tmp_path}/speech/../speech"):
+        assert dataset_name(name) == ("speech", False)
+    assert dataset_name("asapp/slue") == ("asapp/slue", True)
