@@ -31,7 +31,7 @@ from modeling_sense import QUANTIZATIONS
 from processing import report
 from processing.backbones import resolve_backbone
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
-from processing.datasets import first_rows, load_corpus
+from processing.datasets import dataset_name, first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
 from processing.hub import load_checkpoint
 from processing.pipeline_sense import AnswerLimits
@@ -244,15 +244,19 @@ def load_rows(args, split: str):
     )
 
 
-def measured_on(args) -> dict:
-    """What the scores are of, for the model card: the data (a folder by its own name) and the decoding."""
-    on_hub = not Path(args.dataset).exists()
+def measured_on(args, model) -> dict:
+    """What the scores are of, for the card: the data (a folder by its own name), the weights and the decoding."""
+    name, on_hub = dataset_name(args.dataset)
     return {
-        "dataset": args.dataset if on_hub else Path(args.dataset).resolve().name,
+        "dataset": name,
         "on_hub": on_hub,
         "config_name": args.config_name,
         "split": args.split,
+        "max_samples": args.max_samples,
         "num_beams": args.num_beams,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "quantize": args.quantize,  # on loading: not as it was saved
     }
 
 
@@ -290,7 +294,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics["controls"] = {
         name: score(rows, given) | wer_of_groups(rows, given, durations, "asr") for name, given in systems.items()
     }
-    metrics["measured_on"] = measured_on(args)
+    metrics["measured_on"] = measured_on(args, model)
     if PartialState().is_main_process:
         table, folder = utterance_table(rows, durations, answers, parsed), Path(args.output_dir)
         report.write_evaluation(folder, metrics, table, args.show)

@@ -186,6 +186,14 @@ def export(
         list[Path] | None,
         typer.Option(metavar="FILE", help="metrics.json of eval_sense.py, for the card; repeatable."),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What it was trained on beside what the run recorded; repeatable."),
+    ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="ISO code, beside those that the run recorded; repeatable."),
+    ] = None,
     license: Annotated[
         str | None, typer.Option(help="The Hub's name of it, such as apache-2.0, for the card.")
     ] = None,
@@ -196,6 +204,7 @@ def export(
     from processing.hub import export_model, push_model
 
     how = {"adapter_only": adapter_only, "metrics": metrics or (), "repo_id": push, "license": license}
+    how |= {"datasets": dataset or (), "language": language or ()}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = export_model(model, output_dir or Path(scratch) / Path(push).name, **how)
@@ -245,7 +254,7 @@ def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[
     from transformers.utils import logging
 
     from eval_sense import start_processes
-    from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
+    from processing import SpokenLanguageUnderstandingPipeline
     from processing.hub import load_checkpoint
 
     if device:
@@ -260,8 +269,6 @@ def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[
         loaded, processor = load_checkpoint(model, dtype, quantize=quantize)
     except (OSError, ValueError, ImportError) as error:
         _fail(f"{model} is no model that can be loaded: {error}")
-    if not isinstance(processor, SenseProcessor):
-        _fail(f"{model} is no SENSE model")
     if not tasks & processor.prompts.keys():
         _fail(f"{model} was trained for {', '.join(processor.prompts)}; this needs {' or '.join(sorted(tasks))}")
     return SpokenLanguageUnderstandingPipeline(loaded, processor=processor, device=loaded.device)

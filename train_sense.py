@@ -610,7 +610,7 @@ def main(argv: list[str] | None = None) -> dict:
         save_png(plot_training({"": trainer.state.log_history}), folder / "training.png")
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         record_training(folder, {**vars(args), **training.to_dict()}, train, trainer.state, sizes)
-        write_text(folder / CARD, str(make_card(model, processor, repo_id=str(folder), run=folder)))
+        write_text(folder / CARD, str(make_card(model, processor, repo_id=folder.resolve().name, run=folder)))
     return metrics
 
 

@@ -196,7 +196,7 @@ class SensePreTrainedModel(PreTrainedModel):
     loaded_revision: str | None = None  # of the Hub, where the processor lies too
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
         As [`~PreTrainedModel.from_pretrained`]; the backbones come back frozen, as they were saved. A
         `quantization_config` holds for the linear layers of the language model, and for nothing else.
@@ -207,11 +207,14 @@ class SensePreTrainedModel(PreTrainedModel):
         asked = kwargs.get("quantization_config")
         if asked is not None:
             asked = kwargs["quantization_config"] = of_language_model(asked)
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = kwargs.get("revision")
         if asked is not None and model.quantization != name_of(asked):
-            raise ValueError(f"{args[0]} holds {model.quantization} weights: it can't be loaded as {name_of(asked)}")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {model.quantization} weights: it can't be loaded as "
+                f"{name_of(asked)}"
+            )
         if model.quantization is not None:
             settle(model)
         model.freeze_backbones()
@@ -409,6 +412,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
     """SENSE with a language modelling head: hears speech, answers in text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _dtype_of_fingerprint: str | None = None  # where the frozen weights were cast since
 
     def __init__(self, config: SenseConfig):
         super().__init__(config)
@@ -940,6 +944,15 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def _cast_backbones(self, dtype: torch.dtype | str):
+        """Holds the frozen weights in another dtype; the fingerprint stays that of those before."""
+        self.backbone_fingerprint()
+        self._dtype_of_fingerprint = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, parameter in self.named_parameters():
+            if not is_trained(name):
+                parameter.data = parameter.data.to(dtype)
+
     def save_adapter(self, folder: str | os.PathLike, inference: bool = False):
         """
         Writes what was trained only (adapter, LoRA, classifier), with the backbones' ids, revisions and fingerprint.
@@ -957,7 +970,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbones": self.config.backbones, "fingerprint": self.backbone_fingerprint()}
-        about["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        about["dtype"] = self._dtype_of_fingerprint or str(self.lm_head.weight.dtype).removeprefix("torch.")
         about["quantization"] = self.quantization
         about |= {field: getattr(self.config, field) for field in ADAPTER_FIELDS}
         if inference:
@@ -988,7 +1001,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             token: for the Hub, where the adapter is private.
             backbones: `{"audio": ..., "text": ...}`, ids or folders to take in place of those that the adapter
                 names: copies of the same weights.
-            dtype: of the backbones; by default (and with `"auto"`) the one that they were trained in.
+            dtype: to hold the frozen weights in; by default (and with `"auto"`) the one of training. What is trained
+                stays in fp32.
             kwargs: as for `from_backbones`, such as `attn_implementation` and `quantize`, which by default is as in
                 training.
 
@@ -1008,14 +1022,19 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 raise ValueError(f"{folder / ADAPTER_CONFIG}: it names no {part} backbone; give backbones") from error
             if not Path(source).is_dir():
                 _require_hub_id(sources[part], f"{source}: {ADAPTER_CONFIG}, {part} backbone")
-        if dtype in (None, "auto"):
-            dtype = about["dtype"]
         settings = {field: about[field] for field in ("num_audio_tokens", "audio_tokens")}
-        # As it was trained, unless it is asked for otherwise.
-        settings["quantize"] = about["quantization"]
         if "text" not in backbones:
             settings["gguf_file"] = about["backbones"]["text"].get("gguf_file")
-        model = cls.from_backbones(**sources, revisions=revisions, dtype=dtype, **settings | kwargs)
+        # As it was trained, unless it is asked for otherwise.
+        quantize = kwargs.pop("quantize", about["quantization"])
+        if quantize is not None:
+            quantization_config(quantize)  # a wrong name or a missing library should not wait for the weights
+        trained_in = about["dtype"] or "float32"
+        model = cls.from_backbones(**sources, revisions=revisions, dtype=trained_in, **settings | kwargs)
+        if dtype not in (None, "auto"):
+            model._cast_backbones(dtype)
+        if quantize is not None:
+            model.quantize(quantize)
         model.load_adapter(folder)
         # Not where copies of them lie on this machine; of rounded weights the fingerprint stays.
         model.config.backbones = {**model.config.backbones, **about["backbones"]}
@@ -1045,15 +1064,16 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 f"{folder} was trained on {about['quantization']} weights, this model's are "
                 f"{self.quantization or 'full'}: compose it with quantize={about['quantization']!r}"
             )
-        if about["lora"] is not None and self.config.lora is None:
-            self.add_lora(**about["lora"])
-        if about["classifier"] is not None and self.config.classifier is None:
-            self.add_classifier(**about["classifier"])
+        new = [name for name in ("lora", "classifier") if about[name] and getattr(self.config, name) is None]
         for field in ADAPTER_FIELDS:
-            if about[field] != getattr(self.config, field):
+            if field not in new and about[field] != getattr(self.config, field):
                 raise ValueError(
                     f"{folder}: {field} is {about[field]!r} there, {getattr(self.config, field)!r} in this model"
                 )
+        if "lora" in new:
+            self.add_lora(**about["lora"])
+        if "classifier" in new:
+            self.add_classifier(**about["classifier"])
         mine = self.trained_state_dict()
         missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         shapes = [k for k in state.keys() & mine.keys() if state[k].shape != mine[k].shape]
@@ -1130,12 +1150,18 @@ def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _require_hub_id(name: str, where: str):
     """Raises ValueError for what is a folder: an adapter from elsewhere does not choose files of this machine."""
+    if not is_hub_id(name):
+        reason = "which is a file or folder here too" if Path(name).exists() else "which is no Hub id"
+        raise ValueError(f"{where}: {name!r}, {reason}; say in backbones what to take")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a backbone's name is a Hub id: what can't be one, or is there on this machine, is a folder."""
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"{where}: {name!r} is no Hub id; say in backbones what to take") from error
-    if Path(name).exists():
-        raise ValueError(f"{where}: {name!r}, which is a file or folder here too; say in backbones what to take")
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import copy
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
-from transformers.utils import is_bitsandbytes_available, is_torchao_available
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -32,19 +32,16 @@ def quantization_config(how: str) -> QuantizationConfigMixin:
         ImportError: the library that it takes is not installed.
     """
     if how == "int8":
-        _require(is_torchao_available(), how, "torchao")
-        from torchao.quantization import Int8WeightOnlyConfig
-
+        try:  # what is imported outside of one, whoever loads the code from the Hub must have
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError as error:
+            raise ImportError("int8 weights need torchao: pip install torchao") from error
         return of_language_model(TorchAoConfig(Int8WeightOnlyConfig()))
     if how == "int4":
-        _require(is_bitsandbytes_available(), how, "bitsandbytes")
+        if not is_bitsandbytes_available():
+            raise ImportError("int4 weights need bitsandbytes: pip install bitsandbytes")
         return of_language_model(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     raise ValueError(f"quantize must be one of {QUANTIZATIONS}, found {how!r}")
-
-
-def _require(available: bool, how: str, library: str):
-    if not available:
-        raise ImportError(f"{how} weights need {library}: pip install {library}")
 
 
 def of_language_model(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
@@ -68,9 +65,12 @@ def name_of(config: QuantizationConfigMixin) -> str:
     """`"int8"` or `"int4"` for what `quantization_config` gives; else the method and its settings that matter."""
     if isinstance(config, BitsAndBytesConfig):
         name = "bitsandbytes-8bit" if config.load_in_8bit else f"bitsandbytes-{config.bnb_4bit_quant_type}"
+        name += "-double" * (config.load_in_4bit and config.bnb_4bit_use_double_quant)
         return "int4" if name == "bitsandbytes-nf4" else name
     if isinstance(config, TorchAoConfig):
         name = type(config.quant_type).__name__
+        if group_size := getattr(config.quant_type, "group_size", None):
+            name += f"-{group_size}"
         return "int8" if name == "Int8WeightOnlyConfig" else f"torchao-{name}"
     return str(getattr(config.quant_method, "value", config.quant_method))
 

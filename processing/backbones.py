@@ -114,10 +114,13 @@ def cache_folder() -> Path:
 
 def resolve_backbone(name: str) -> str:
     """A folder for a backbone of `BACKBONES`, by its name or Hub id; any other id or folder as it is."""
-    for known, backbone in BACKBONES.items():
-        if name in (known, backbone.hub_id):
-            return str(backbone_path(known))
-    return str(name)
+    known = known_name(name)
+    return str(name) if known is None else str(backbone_path(known))
+
+
+def known_name(name: str) -> str | None:
+    """The name in `BACKBONES` of one that goes by it, or by its Hub id; None for any other."""
+    return next((known for known, backbone in BACKBONES.items() if name in (known, backbone.hub_id)), None)
 
 
 def backbone_path(name: str) -> Path:

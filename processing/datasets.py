@@ -86,6 +86,12 @@ def load_corpus(
     return _load_with_datasets(dataset, split, columns, config_name, streaming)
 
 
+def dataset_name(dataset: str | Path) -> tuple[str, bool]:
+    """What others know a dataset by: its Hub id, or the own name of its folder; and whether it is on the Hub."""
+    folder = Path(dataset).expanduser()
+    return (folder.resolve().name, False) if folder.exists() else (str(dataset), True)
+
+
 def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
     """The first so many rows, all by default."""
     return rows.select(range(min(number or len(rows), len(rows))))

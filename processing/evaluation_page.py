@@ -78,7 +78,8 @@ def write_evaluation_page(
 
 def describe_run(args, model, processes: int, rtf: float) -> dict[str, str]:
     """What was evaluated, how, when and on what, by name; `args` are those of eval_sense.py."""
-    backbones = [part["id"] for part in (model.config.backbones or {}).values()]
+    named = model.config.backbones or {}
+    backbones = [named[part]["id"] for part in ("audio", "text") if part in named]
     device = model.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     libraries = ("sense-asr", "torch", "transformers")

@@ -13,17 +13,26 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from modeling_sense import SenseForConditionalGeneration, quantization_config
-from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fetch_adapter, read_adapter_config
+from modeling_sense.modeling_sense import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    fetch_adapter,
+    is_hub_id,
+    read_adapter_config,
+)
 
-from .backbones import resolve_backbone
-from .model_card import make_card
+from .backbones import BACKBONES, cache_folder, known_name, resolve_backbone
+from .model_card import TRAINER_STATE, TRAINING, make_card
 from .processing_sense import SenseProcessor
 from .report import write_text
 
 
 CARD = "README.md"
 # The Hub's copy follows the folder in these: an adapter that replaces a whole model leaves no weights of that behind.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG, "*.py"]
+REPLACED = [CONFIG_NAME, "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"]
+REPLACED += ["model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+REPLACED += ["configuration_sense.py", "modeling_sense.py", "quantization_sense.py", "processing_sense.py"]
+REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -47,11 +56,13 @@ def load_checkpoint(
 
     Raises:
         OSError: no processor there.
-        ValueError: neither a whole model nor an adapter there, or what `SenseForConditionalGeneration.from_adapter`
-            refuses.
+        ValueError: another kind of model, neither a whole model nor an adapter there, or what
+            `SenseForConditionalGeneration.from_adapter` refuses.
     """
     where = {"revision": revision, "token": token}
     processor = AutoProcessor.from_pretrained(folder, **where)
+    if not isinstance(processor, SenseProcessor):
+        raise ValueError(f"{folder} is no SENSE model: what prepares its input is a {type(processor).__name__}")
     if _is_whole(folder, **where):
         how = {} if quantize is None else {"quantization_config": quantization_config(quantize)}
         model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype, **where, **how)
@@ -82,7 +93,6 @@ def export_model(
     output_dir: str | os.PathLike,
     *,
     adapter_only: bool = False,
-    revision: str | None = None,
     dtype: str = "auto",
     metrics: Sequence[str | os.PathLike] = (),
     datasets: Sequence[str] = (),
@@ -97,7 +107,6 @@ def export_model(
         model: output folder or checkpoint of train_sense.py, any other that `load_checkpoint` takes, or a Hub id.
         output_dir: of the new folder; it must not exist.
         adapter_only: what was trained alone, megabytes; whoever loads it gets the backbones from where it says.
-        revision: of `model` on the Hub.
         dtype: of the backbones' weights; auto as they are.
         metrics: metrics.json files of eval_sense.py, or their folders, for the card.
         datasets: Hub ids or names of what it was trained on, beside what the run itself recorded.
@@ -115,7 +124,7 @@ def export_model(
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: name a folder that does not")
-    loaded, processor = load_checkpoint(model, dtype, revision=revision)
+    loaded, processor = load_checkpoint(model, dtype)
     loaded.remove_classifier()
     loaded.config.backbones = published_backbones(loaded.config.backbones, adapter_only)
     card = make_card(
@@ -147,29 +156,41 @@ def export_model(
 
 def published_backbones(backbones: dict | None, needed: bool) -> dict | None:
     """
-    The backbones as others can find them: by Hub id and revision where these very weights came from the Hub. Of a
-    folder of this machine its own name is kept, or with `needed` none: ValueError.
+    The backbones as others can find them: by Hub id and revision where these very weights came from the Hub, by our
+    name for them where they came from packages. Of a folder of this machine its own name is kept, or with `needed`
+    none: ValueError.
     """
     found = dict(backbones or {})
     for part in ("audio", "text"):
-        if part not in found:
-            if needed:
-                raise ValueError(f"adapter_only: it is not known where the {part} backbone came from")
-            continue
-        folder = _resolved(found[part]["id"])
-        source = Path(folder or found[part]["id"]) / "SOURCE.json"  # of processing/backbones.py
-        origin = json.loads(source.read_text())["source"] if source.is_file() else ""
-        if origin.startswith("hub:"):
-            name, _, commit = origin.removeprefix("hub:").partition("@")
-            found[part] = {"id": name, "revision": commit}
-        elif folder is None and Path(found[part]["id"]).is_dir():
-            if needed:
-                raise ValueError(
-                    f"adapter_only: the {part} backbone is {found[part]['id']}, which others do not have; train on a "
-                    "Hub id, or export the whole model"
-                )
-            found[part] = {"id": Path(found[part]["id"]).resolve().name, "revision": None}
+        if part in found:
+            found[part] = {**found[part], **_published(part, found[part], needed)}
+        elif needed:
+            raise ValueError(f"adapter_only: it is not known where the {part} backbone came from")
     return found or None
+
+
+def _published(part: str, backbone: dict, needed: bool) -> dict:
+    """The id and revision that others find a backbone by."""
+    name, revision = backbone["id"], backbone["revision"]
+    known = known_name(name)
+    if known and revision:  # from the Hub, past the folders of processing/backbones.py
+        return {"id": name, "revision": revision}
+    folder = cache_folder() / known if known else Path(name)  # only looked at: nothing is fetched for a name
+    source = folder / "SOURCE.json"
+    origin = json.loads(source.read_text())["source"] if source.is_file() else ""
+    if origin.startswith("hub:"):
+        name, _, commit = origin.removeprefix("hub:").partition("@")
+        return {"id": name, "revision": commit}
+    if origin.startswith("packages:") and folder.name in BACKBONES:
+        return {"id": folder.name, "revision": None}
+    if known or is_hub_id(name):
+        return {"id": name, "revision": revision}
+    if needed:
+        raise ValueError(
+            f"adapter_only: the {part} backbone is {name}, which others do not have; train on a Hub id, or export the "
+            "whole model"
+        )
+    return {"id": folder.resolve().name, "revision": None}
 
 
 def push_model(
@@ -194,7 +215,7 @@ def push_model(
         address of the commit.
 
     Raises:
-        ValueError: the folder is not whole, or holds pickles.
+        ValueError: the folder is not whole, is a training's own, or holds pickles.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
     folder = Path(folder)
@@ -214,9 +235,14 @@ def push_model(
 
 
 def _check_export(folder: Path):
+    for name in (TRAINING, TRAINER_STATE):
+        if (folder / name).is_file():
+            raise ValueError(f"{folder} can't be published: {name} is of a training; export it first (sense export)")
     weights = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (folder / ADAPTER_CONFIG).is_file() else (CONFIG_NAME,)
     for name in (*weights, PROCESSOR_NAME, "modeling_sense.py", CARD):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} can't be published: it has no {name}; make it with export_model")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} can't be published: it has no weights (*.safetensors); make it with export_model")
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.rglob(pattern)):
         raise ValueError(f"{folder} can't be published: it holds {pickles[0]}; make it with export_model")

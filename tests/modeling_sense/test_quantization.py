@@ -1,15 +1,18 @@
 """Small machines: 8 and 4 bits in the language model alone, adapters on and for them, and GGUF files."""
 
 import json
+import sys
 
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import nn
-from transformers import AutoModelForSpeechSeq2Seq, BitsAndBytesConfig
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForSpeechSeq2Seq, BitsAndBytesConfig, TorchAoConfig
 
 import modeling_sense.quantization_sense as quantization
 from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration, quantization_config
+from modeling_sense.quantization_sense import name_of
 from processing import SenseProcessor
 from tests.conftest import tone
 
@@ -212,11 +215,28 @@ def test_wrong_names_and_missing_libraries(full, tiny_whisper, tiny_llama, monke
     with pytest.raises(ValueError, match=r"quantize must be one of \('int8', 'int4'\), found 'int3'"):
         build("nowhere", "nowhere", quantize="int3")  # before any weight is looked for
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
-    monkeypatch.setattr(quantization, "is_torchao_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match="int4 weights need bitsandbytes: pip install bitsandbytes"):
         build("nowhere", "nowhere", quantize="int4")
     with pytest.raises(ImportError, match="int8 weights need torchao: pip install torchao"):
         full.quantize("int8")
+
+
+def test_other_forms_of_a_method_go_by_other_names():
+    assert {name_of(quantization_config(how)) for how in QUANTIZATIONS} == set(QUANTIZATIONS)
+    double = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    assert name_of(double) == "bitsandbytes-nf4-double"
+    assert name_of(TorchAoConfig(Int8WeightOnlyConfig(group_size=32))) == "torchao-Int8WeightOnlyConfig-32"
+
+
+@pytest.mark.parametrize("how", QUANTIZATIONS)
+def test_what_is_already_quantised_is_named_in_the_error(folder, how, tmp_path):
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, quantization_config=quantization_config(how))
+    model.save_pretrained(tmp_path)
+    other = quantization_config({"int8": "int4", "int4": "int8"}[how])
+    asked = {"pretrained_model_name_or_path": tmp_path, "quantization_config": other}
+    with pytest.raises(ValueError):
+        SenseForConditionalGeneration.from_pretrained(**asked)
 
 
 # ------------------------------------------------------------------ GGUF

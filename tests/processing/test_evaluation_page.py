@@ -248,6 +248,9 @@ def test_what_was_evaluated():
     )
     about = describe_run(SimpleNamespace(**args, num_beams=5, batch_size=8), model, 2, 0.25)
     assert about["backbones"] == "whisper-x, llama-y" and about["parameters"] == "1,234"
+    config.backbones |= {"fingerprint": "12ab", "merged_lora": {"r": 4}}
+    again = describe_run(SimpleNamespace(**args, num_beams=5, batch_size=8), model, 2, 0.25)
+    assert again["backbones"] == about["backbones"]
     assert about["decoding"] == "5 beams" and about["split"] == "test, its first 3 rows at most"
     assert about["number format"] == "bfloat16" and "configuration" not in about
     assert f"torch {torch.__version__.partition('+')[0]}" in about["versions"] and "2 processes" in about["machine"]
