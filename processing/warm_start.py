@@ -181,7 +181,7 @@ class WordAligner:
         ]
         attention = torch.stack(heads)[:, len(start) - 1 : -1].float()  # the row that predicts a token looks at it
         attention = (attention - attention.mean(1, keepdim=True)) / (attention.std(1, keepdim=True) + 1e-6)
-        return attention.mean(0).cpu()
+        return attention.mean(0).detach().cpu()
 
 
 __all__ = ["RidgeRegression", "WordAligner", "spoken_tokens", "warm_start"]

@@ -103,8 +103,12 @@ def test_who_stops_reading_ends_the_generation(pipe, clip):
     before = threading.active_count()
     events = app.listen(pipe, clip)
     next(events)
+    begin = time.monotonic()
     events.close()
-    assert threading.active_count() == before
+    assert time.monotonic() - begin < 0.2  # Gradio does this in its event loop: nobody waits
+    while threading.active_count() > before:
+        assert time.monotonic() - begin < 60, "the generation goes on"
+        time.sleep(0.05)
     assert list(app.listen(pipe, clip))[-1]["text"] == TEXT  # and the model is free for the next
 
 

@@ -13,7 +13,8 @@ import huggingface_hub
 import pytest
 import soundfile
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, hf_api
+import transformers
+from huggingface_hub import HfApi, ModelCard, constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
@@ -96,7 +97,7 @@ def server(tmp_path_factory):
     """A Hub that this process takes for the Hub, signed in."""
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", server.url)
-        patch.setattr(hf_api.api, "endpoint", server.url)  # that of the functions, made when it was imported
+        patch.setattr(transformers.utils.hub, "_hf_api", None)  # made by an earlier test, for the real Hub
         patch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
