@@ -171,7 +171,7 @@ def published_backbones(backbones: dict | None, needed: bool) -> dict | None:
 
 def _published(part: str, backbone: dict, needed: bool) -> dict:
     """The id and revision that others find a backbone by."""
-    name, revision = backbone["id"], backbone["revision"]
+    name, revision = backbone["id"], backbone.get("revision")
     known = known_name(name)
     if known and revision:  # from the Hub, past the folders of processing/backbones.py
         return {"id": name, "revision": revision}

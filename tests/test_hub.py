@@ -358,7 +358,6 @@ def test_an_adapter_keeps_its_dtype_attention_and_lora(backbones, tmp_path, tiny
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_an_adapter_trained_in_fp32_beside_weights_in_fp16(backbones, tmp_path, quantize):
     model, _ = compose(backbones)
-    model.add_lora(r=2)
     model.save_adapter(tmp_path / "one")
     sense, fingerprint = SenseForConditionalGeneration, model.backbone_fingerprint()
     assert sense.from_backbones(*backbones, dtype="float16").backbone_fingerprint() != fingerprint  # rounded twice
@@ -367,6 +366,7 @@ def test_an_adapter_trained_in_fp32_beside_weights_in_fp16(backbones, tmp_path, 
         assert half.quantization == quantize and half.backbone_fingerprint() == fingerprint
         for name, parameter in half.named_parameters():
             assert parameter.dtype == (torch.float32 if is_trained(name) else torch.float16), name
+            assert parameter.requires_grad == is_trained(name), name
         half.save_adapter(tmp_path / again)
 
 
