@@ -33,7 +33,7 @@ from processing.backbones import resolve_backbone
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import dataset_name, first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
-from processing.hub import load_checkpoint
+from processing.hub import load_checkpoint, start_processes
 from processing.pipeline_sense import AnswerLimits
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
@@ -258,12 +258,6 @@ def measured_on(args, model) -> dict:
         "quantization": model.quantization,
         "quantize": args.quantize,  # on loading: not as it was saved
     }
-
-
-def start_processes():
-    """Lets a launcher's processes find each other on machines without a GPU too; before anything asks for them."""
-    if not torch.accelerator.is_available():
-        PartialState(cpu=True)
 
 
 def main(argv: list[str] | None = None) -> dict:

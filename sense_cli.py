@@ -253,9 +253,8 @@ def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[
     import torch
     from transformers.utils import logging
 
-    from eval_sense import start_processes
     from processing import SpokenLanguageUnderstandingPipeline
-    from processing.hub import load_checkpoint
+    from processing.hub import load_checkpoint, start_processes
 
     if device:
         try:

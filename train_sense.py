@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
-from eval_sense import parse_answers, shuffle_audio, start_processes, understand
+from eval_sense import parse_answers, shuffle_audio, understand
 from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration
 from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
@@ -38,7 +38,7 @@ from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
 from processing.encoder_cache import build_cache
-from processing.hub import CARD
+from processing.hub import CARD, start_processes
 from processing.model_card import make_card, record_training
 from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, save_png, write_text

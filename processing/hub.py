@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
@@ -34,6 +35,12 @@ REPLACED += ["model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 REPLACED += ["configuration_sense.py", "modeling_sense.py", "quantization_sense.py", "processing_sense.py"]
 REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def start_processes():
+    """Lets a launcher's processes find each other on machines without a GPU too; before anything asks for them."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)
 
 
 def load_checkpoint(
