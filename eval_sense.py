@@ -34,7 +34,7 @@ from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import dataset_name, first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
 from processing.hub import load_checkpoint, start_processes
-from processing.pipeline_sense import AnswerLimits
+from processing.pipeline_sense import answer_settings
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
@@ -65,7 +65,7 @@ def understand(
             inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
             seconds = [n * MAX_SECONDS / processor.num_audio_tokens for n in lengths]
         limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
-        answers = model.generate_branches(**inputs.to(model.device), **_answer_settings(num_beams, limits))
+        answers = model.generate_branches(**inputs.to(model.device), num_beams=num_beams, **answer_settings(limits))
         return [tuple(_decode(processor, of_clip)) for of_clip in answers]
 
     answers = _over_processes(dataset, answer, batch_size, "listening")
@@ -84,18 +84,12 @@ def understand_text(
             texts = [prompt.replace(AUDIO_TOKEN, row["text"]) for row in rows]
             inputs = processor(text=texts).to(model.device)
             limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
-            output = model.generate(**inputs, **_answer_settings(num_beams, limits))
+            output = model.generate(**inputs, num_beams=num_beams, **answer_settings(limits))
             found.append(_decode(processor, output[:, inputs["input_ids"].shape[1] :]))
         return list(zip(*found))
 
     answers = _over_processes(dataset, answer, batch_size, "reading")
     return dict(zip(tasks, map(list, zip(*answers))))
-
-
-def _answer_settings(num_beams: int, limits: list[int]) -> dict:
-    """For `generate`: greedy or beams, each row's answer bounded by its own limit."""
-    how = {"num_beams": num_beams, "do_sample": False, "max_new_tokens": max(limits)}
-    return how | {"stopping_criteria": [AnswerLimits(limits)]}
 
 
 def _decode(processor, answers) -> list[str]:
@@ -263,8 +257,7 @@ def measured_on(args, model) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_processes()
-    how = {"revision": args.revision, "quantize": args.quantize}
-    model, processor = load_checkpoint(args.model, args.dtype, **how)
+    model, processor = load_checkpoint(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
     dataset = first_rows(load_rows(args, args.split), args.max_samples)

@@ -1,7 +1,6 @@
 """`python -m benchmarks [--quick] [--out DIR]`: measures all in one run, writes JSON, a Markdown page and a plot."""
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
-from processing.report import write_text
 
 from . import compare, measure, report
 from .setting import Setting
@@ -107,13 +104,9 @@ def main(arguments: list[str] | None = None) -> dict:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     results = run(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    page = report.markdown(results)
-    write_text(args.out / "latest.json", json.dumps(results, indent=1) + "\n")
-    write_text(args.out / "latest.md", page)
+    report.write_results(args.out, "latest", results, report.markdown(results))
     if "growth" in results:
         report.plot(results["growth"], args.out / "latest.png")
-    print(page)
     return results
 
 

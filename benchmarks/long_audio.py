@@ -5,13 +5,12 @@ clip by clip: word error rate, and peak memory, each recording in a process of i
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import soundfile
 
@@ -19,8 +18,11 @@ from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
 from processing.hub import load_checkpoint
 from processing.processing_sense import load_audio
-from processing.report import markdown_table, write_text
-from processing.scoring import word_errors
+from processing.report import markdown_table
+
+from .measure import in_own_process
+from .memory import resident_bytes
+from .report import write_results
 
 
 RATE = 16000
@@ -51,22 +53,16 @@ def hear_recording(model: str, path: str, batch_size: int, chunk_length_s: float
     pipe = make_pipe(model, chunk_length_s)
     before = time.perf_counter()
     found = pipe(path, batch_size=batch_size, return_timestamps=True, progress=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident_bytes("VmHWM") / 2**20
     return {"seconds": time.perf_counter() - before, "peak_mib": peak, "windows": len(found["chunks"])} | found
 
 
-def in_own_process(args, path: Path) -> dict:
-    command = [sys.executable, "-m", "benchmarks.long_audio", "--model", args.model, "--hear", path]
-    command += ["--batch_size", str(args.batch_size)]
+def hear_alone(args, path: Path) -> dict:
+    """`hear_recording` in a process of its own."""
+    arguments = ["--model", args.model, "--hear", path, "--batch_size", args.batch_size]
     if args.chunk_length_s:
-        command += ["--chunk_length_s", str(args.chunk_length_s)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def wer(pairs: list[tuple[str, str]]) -> float:
-    counts = np.array([word_errors(*pair) for pair in pairs]).sum(0)
-    return float(100 * counts[0] / counts[1])
+        arguments += ["--chunk_length_s", args.chunk_length_s]
+    return in_own_process("benchmarks.long_audio", arguments)
 
 
 def measure(args) -> dict:
@@ -83,9 +79,10 @@ def measure(args) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recording.wav"
             order = write_recording(path, rows, minutes)
-            found = in_own_process(args, path)
+            found = hear_alone(args, path)
         text = " ".join(rows[i]["text"] for i in order)
-        wers = {"wer": wer([(text, found["text"])]), "wer_by_clip": wer([(rows[i]["text"], singly[i]) for i in order])}
+        by_clip = jiwer.wer([rows[i]["text"] for i in order], [singly[i] for i in order])
+        wers = {"wer": 100 * jiwer.wer(text, found["text"]), "wer_by_clip": 100 * by_clip}
         kept = {name: found[name] for name in ("duration", "windows", "seconds", "peak_mib")}
         results["recordings"].append({"minutes": minutes, **wers, **kept})
     return results
@@ -119,10 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(hear_recording(args.model, args.hear, args.batch_size, args.chunk_length_s)))
         return {}
     results = measure(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "long_audio.json", json.dumps(results, indent=2) + "\n")
-    write_text(args.out / "long_audio.md", page(results))
-    print(page(results))
+    write_results(args.out, "long_audio", results, page(results))
     return results
 
 

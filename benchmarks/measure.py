@@ -16,6 +16,8 @@ import torch
 import transformers
 from torch import nn
 
+from processing.evaluation_page import cpu_name
+
 from .setting import Setting, System
 from .systems import encoder_of
 
@@ -122,7 +124,12 @@ def peak_memory(section: str, name: str, setting: Setting, optimizer: bool = Fal
     # glibc keeps freed blocks below a threshold that grows by itself; with a fixed one they go back at once, and the
     # resident size is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(what)]
+    return in_own_process("benchmarks.memory", [json.dumps(what)], environment)
+
+
+def in_own_process(module: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict:
+    """What a module prints as its last line, in JSON, when it runs alone in a new process."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -134,7 +141,7 @@ def machine(device: str) -> dict:
     """What the numbers were measured on and with."""
     gpu = torch.cuda.get_device_name() if device != "cpu" else None
     return {
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

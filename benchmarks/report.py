@@ -1,8 +1,9 @@
 """The results as a Markdown table and as a plot."""
 
+import json
 from pathlib import Path
 
-from processing.report import markdown_table
+from processing.report import markdown_table, write_text
 
 from .compare import MEANING
 
@@ -38,6 +39,14 @@ def markdown(results: dict) -> str:
         parts += ["## Where a peer wins", wins or "Nowhere in this run."]
     parts.append(NOTES)
     return "\n\n".join(parts) + "\n"
+
+
+def write_results(folder: Path, name: str, results: dict, page: str):
+    """As JSON and as a page, which is printed too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / f"{name}.md", page)
+    print(page)
 
 
 def table(header: list[str], rows: list[list]) -> str:

@@ -9,7 +9,6 @@ Then, by arithmetic, the weights of whisper-small with TinyLlama.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 
@@ -24,7 +23,7 @@ from processing.hub import load_checkpoint
 from processing.report import markdown_table
 from processing.scoring import score_asr
 
-from .measure import machine
+from .measure import in_own_process, machine
 from .memory import resident_bytes
 
 
@@ -118,9 +117,7 @@ def main(argv: list[str] | None = None):
     print(json.dumps(machine("cpu")), flush=True)
     found = {}
     for form in FORMS:
-        command = [sys.executable, "-m", "benchmarks.small_machines", *argv, "--form", form]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[form] = json.loads(done.stdout.splitlines()[-1])
+        found[form] = in_own_process("benchmarks.small_machines", [*argv, "--form", form])
         print(form, found[form], flush=True)
     print(tables(found))
 

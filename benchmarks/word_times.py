@@ -19,13 +19,15 @@ from tqdm.auto import tqdm
 
 from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
-from processing.alignment import monotonic_path, standardize, word_times
+from processing.alignment import monotonic_path, standardize, word_pieces, word_times
 from processing.backbones import resolve_backbone
 from processing.hub import load_checkpoint
 from processing.pipeline_sense import SECONDS_PER_FRAME
 from processing.processing_sense import MAX_SECONDS, load_audio
-from processing.report import markdown_table, write_text
+from processing.report import markdown_table
 from processing.warm_start import WordAligner
+
+from .report import write_results
 
 
 HEADS = 8  # of the language model, whose attention is averaged
@@ -91,8 +93,8 @@ class Hearing:
 
     def attention(self) -> tuple[torch.Tensor, list[int]]:
         """`(layers * heads, tokens, audio tokens)`, of the token to be said next, and each word's last token."""
-        tokenizer, prompt = self.processor.tokenizer, self.processor.prompt_ids(int(self.valid.sum()), ["asr"])[0]
-        pieces = tokenizer([self.words[0], *(f" {w}" for w in self.words[1:])], add_special_tokens=False)["input_ids"]
+        prompt = self.processor.prompt_ids(int(self.valid.sum()), ["asr"])[0]
+        pieces = word_pieces(self.words, self.processor.tokenizer)
         answer = [token for piece in pieces for token in piece]
         ids = torch.tensor([prompt + answer])
         audio = {"pooled_features": self.pooled, "pooled_features_mask": self.valid}
@@ -118,7 +120,7 @@ def choose_heads(model, processor, rows: list[dict]) -> torch.Tensor:
 def by_attention(hearing: Hearing, heads: torch.Tensor) -> Spans | None:
     """Whisper's way, dynamic time warping over these heads' attention; None where there are too few audio tokens."""
     attention, lasts = hearing.attention()
-    scores = torch.stack([standardize(head.T).T for head in attention[heads]]).mean(0)
+    scores = standardize(attention[heads], 1).mean(0)
     if scores.shape[1] < scores.shape[0]:
         return None
     path = monotonic_path(scores.numpy())
@@ -251,10 +253,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Absolute errors in ms, medians over starts and ends, of {number} entities and {words} words in {len(rows)} "
         f"test clips of {args.dataset.rstrip('/').rpartition('/')[2]}."
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "word_times.json", json.dumps(results, indent=2) + "\n")
-    write_text(args.out / "word_times.md", page(results))
-    print(page(results))
+    write_results(args.out, "word_times", results, page(results))
     return results
 
 

@@ -29,7 +29,7 @@ def word_times(
     """
     if not words:
         return []
-    pieces = tokenizer([words[0], *(f" {word}" for word in words[1:])], add_special_tokens=False)["input_ids"]
+    pieces = word_pieces(words, tokenizer)
     tokens = [token for piece in pieces for token in piece]
     frames = len(audio_embeds)
     if frames < len(tokens):
@@ -47,6 +47,11 @@ def word_times(
     return [(path[first][0] * seconds_per_frame, path[last][1] * seconds_per_frame) for first, last in spans]
 
 
+def word_pieces(words: list[str], tokenizer) -> list[list[int]]:
+    """The token ids of each word of a text: all but the first with the space before them."""
+    return tokenizer([words[0], *(f" {word}" for word in words[1:])], add_special_tokens=False)["input_ids"]
+
+
 def _similarity(tokens: torch.Tensor, audio: torch.Tensor, embeddings: torch.Tensor) -> np.ndarray:
     """
     Cosines `(tokens, frames)` of both about their means, each token's in standard deviations over the frames: what
@@ -55,13 +60,13 @@ def _similarity(tokens: torch.Tensor, audio: torch.Tensor, embeddings: torch.Ten
     tokens = tokens.float() - embeddings.float().mean(0)
     audio = audio.float() - audio.float().mean(0)
     cosines = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(audio, dim=-1).T
-    return standardize(cosines).cpu().numpy()
+    return standardize(cosines, 1).cpu().numpy()
 
 
-def standardize(scores: torch.Tensor) -> torch.Tensor:
-    """Each row with mean 0 and standard deviation 1."""
-    spread = scores.std(1, correction=0, keepdim=True)
-    return (scores - scores.mean(1, keepdim=True)) / (spread + 1e-6)
+def standardize(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """With mean 0 and standard deviation 1 along a dimension."""
+    spread = scores.std(dim, correction=0, keepdim=True)
+    return (scores - scores.mean(dim, keepdim=True)) / (spread + 1e-6)
 
 
 def monotonic_path(scores: np.ndarray, optional: list[bool] | None = None) -> list[tuple[int, int] | None]:
@@ -105,4 +110,4 @@ def _walk_back(moves: np.ndarray, state: int) -> list[tuple[int, int] | None]:
     return spans
 
 
-__all__ = ["monotonic_path", "standardize", "word_times"]
+__all__ = ["monotonic_path", "standardize", "word_pieces", "word_times"]

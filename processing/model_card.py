@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from modeling_sense.modeling_sense import is_hub_id, is_trained
 
@@ -188,7 +186,7 @@ def make_card(
     results = [result for found in scores for result in eval_results(found)]
     data = ModelCardData(
         base_model=_base_models(model.config.backbones) or None,
-        datasets=[name for name in trained_on if name not in local and _is_hub_id(name)] or None,
+        datasets=[name for name in trained_on if name not in local and _has_owner(name)] or None,
         language=sorted(languages) or None,
         license=license,
         library_name="transformers",
@@ -228,16 +226,12 @@ def _base_models(backbones: dict | None) -> list[str]:
     known = {name: backbone.hub_id for name, backbone in BACKBONES.items()}
     names = [backbones[part]["id"] for part in ("audio", "text") if part in (backbones or {})]
     found = [known.get(name, name) for name in names]
-    return [name for name in found if is_hub_id(name) and _is_hub_id(name)]
+    return [name for name in found if _has_owner(name)]
 
 
-def _is_hub_id(name: str) -> bool:
-    """`owner/name`."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
+def _has_owner(name: str) -> bool:
+    """Whether it is a Hub id with its owner: alone, our names for backbones would pass as ids."""
+    return "/" in name and is_hub_id(name)
 
 
 def _tags(model, processor, adapter_only: bool) -> list[str]:
@@ -293,7 +287,7 @@ def _name(backbone: dict | None) -> str:
 def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
     sample, backbones = WHOLE_SAMPLE, model.config.backbones
     if adapter_only:
-        on_hub = all(_is_hub_id(backbones[part]["id"]) for part in ("audio", "text"))
+        on_hub = all(_has_owner(backbones[part]["id"]) for part in ("audio", "text"))
         sample = ADAPTER_SAMPLE if on_hub else PACKAGE_SAMPLE
     needs = ["transformers>=5.24", "torch", "soundfile"] + ["peft"] * (model.config.lora is not None)
     needs += _needs_of_weights(model, adapter_only)

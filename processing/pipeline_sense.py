@@ -186,9 +186,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         """The words of each clip and, from "ner", its entities."""
         seconds = [n * MAX_SECONDS / self.processor.num_audio_tokens for n in lengths]
         limits = [TASKS[task].most_tokens(s) for s in seconds]
-        how = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
         prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
-        answers = self.model.generate_branches(prompts, **audio, **how | generate_kwargs)
+        answers = self.model.generate_branches(prompts, **audio, **answer_settings(limits) | generate_kwargs)
         texts = self.processor.batch_decode([of_clip[0] for of_clip in answers], skip_special_tokens=True)
         parsed = [TASKS[task](self.processor.prompts[task]).parse(text) for text in texts]
         return [{"text": " ".join(answer.text.split()), "entities": answer.entities} for answer in parsed]
@@ -274,6 +273,11 @@ def _mean_sentiment(windows: list[dict]) -> dict:
     return {"label": label, "score": scores[label], "scores": scores}
 
 
+def answer_settings(limits: list[int]) -> dict:
+    """For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens."""
+    return {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
+
+
 class AnswerLimits(StoppingCriteria):
     """Ends each row's answer by its own limit, so that an endless one is the same in whatever batch it stands."""
 
@@ -292,4 +296,4 @@ PIPELINE_REGISTRY.register_pipeline(
     TASK, SpokenLanguageUnderstandingPipeline, pt_model=AutoModelForSpeechSeq2Seq, type="audio"
 )
 
-__all__ = ["AnswerLimits", "SpokenLanguageUnderstandingPipeline"]
+__all__ = ["SpokenLanguageUnderstandingPipeline", "answer_settings"]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
 from transformers.utils import logging
 
-from .alignment import monotonic_path
+from .alignment import monotonic_path, standardize, word_pieces
 from .processing_sense import SenseProcessor, load_audio
 
 
@@ -113,7 +113,7 @@ def spoken_tokens(
     if word_ends is None:
         letters = torch.tensor([len(word) + 1 for word in words]).cumsum(0)
         word_ends = (letters / letters[-1] * num_tokens * frames_per_token).tolist()
-    ids = tokenizer([words[0], *(f" {word}" for word in words[1:])], add_special_tokens=False)["input_ids"]
+    ids = word_pieces(words, tokenizer)
     centres = (torch.arange(num_tokens) + 0.5) * frames_per_token
     which = torch.searchsorted(torch.tensor(word_ends, dtype=centres.dtype), centres, right=True)
     spoken = []
@@ -180,8 +180,7 @@ class WordAligner:
             outputs.cross_attentions[layer][0, head] for layer, head in self.whisper.generation_config.alignment_heads
         ]
         attention = torch.stack(heads)[:, len(start) - 1 : -1].float()  # the row that predicts a token looks at it
-        attention = (attention - attention.mean(1, keepdim=True)) / (attention.std(1, keepdim=True) + 1e-6)
-        return attention.mean(0).detach().cpu()
+        return standardize(attention, 1).mean(0).detach().cpu()
 
 
 __all__ = ["RidgeRegression", "WordAligner", "spoken_tokens", "warm_start"]

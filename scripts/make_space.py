@@ -17,7 +17,7 @@ import yaml
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("app.py", "eval_sense.py", "modeling_sense", "processing", "scripts", "LICENSE")
+CODE = ("app.py", "modeling_sense", "processing", "LICENSE")
 
 
 def make_space(folder: Path, model: str):

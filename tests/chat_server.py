@@ -4,17 +4,17 @@ import json
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.local_server import LocalServer
 
 
 HANG = 30  # seconds
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 
 
-class ChatServer:
+class ChatServer(LocalServer):
     """
-    Serves on a loopback port until the end of the `with` block.
-
     Args:
         answers: by transcript, the answer.
         faults: by transcript, what goes wrong at its first, second, ... request (a method of `Faults`); then it works.
@@ -23,6 +23,8 @@ class ChatServer:
         usage: what it says of tokens.
     """
 
+    path = "/v1"
+
     def __init__(self, answers, faults=None, seconds=0.0, takes_schema=True, usage=USAGE):
         self.answers, self.faults, self.seconds, self.takes_schema = answers, faults or {}, seconds, takes_schema
         self.usage = usage
@@ -30,7 +32,7 @@ class ChatServer:
         self.bodies, self.headers = [], []
         self.lock = threading.Lock()
 
-    def __enter__(self):
+    def handler(self):
         chat = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,18 +40,7 @@ class ChatServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 chat.handle(self, body)
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
+        return Handler
 
     def handle(self, request, body):
         text = body["messages"][-1]["content"].removeprefix("Transcript: ")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +26,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor
 from processing.datasets import SCHEMA, STORED_AUDIO
 
 
@@ -154,6 +158,33 @@ def tiny_whisper(tmp_path_factory) -> str:
 def tiny_llama(tmp_path_factory) -> str:
     """Folder of a random Llama with a ChatML tokenizer."""
     return save_llm(LlamaConfig, LlamaForCausalLM, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_whisper, tiny_llama):
+    """A random model that takes all three tasks, and its processor."""
+    torch.manual_seed(0)
+    prompts = {"asr": "Transcribe the speech.", "ner": "Transcribe and tag.", "sa": "How is it meant?"}
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
+    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama, prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def saved(parts, tmp_path_factory) -> str:
+    """Folder of these two."""
+    folder = tmp_path_factory.mktemp("saved")
+    for part in parts:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, the system's or Playwright's own: `make browser` sees to it that one is there."""
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,13 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from tests.local_server import LocalServer
 
 
 @dataclass
@@ -46,10 +48,9 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class HubServer:
+class HubServer(LocalServer):
     """
-    Serves on a loopback port until the end of the `with` block. Everybody may read public repositories; whoever brings
-    `token` may read and write all.
+    Everybody may read public repositories; whoever brings `token` may read and write all.
 
     Every file is committed inline ("regular"): there is no LFS or Xet storage here.
     """
@@ -60,7 +61,7 @@ class HubServer:
         self.asked: list[tuple[str, str]] = []  # method and path
         self.lock = threading.RLock()
 
-    def __enter__(self):
+    def handler(self):
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,18 +87,7 @@ class HubServer:
 
             do_GET = do_HEAD = do_POST = answer
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
+        return Handler
 
     def answer(self, method: str, path: str, body: bytes, headers) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content."""

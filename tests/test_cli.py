@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -19,29 +18,12 @@ import annotate_sense
 import eval_sense
 import sense_cli
 import train_sense
-from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
 from tests.conftest import tone, wav, write_corpus
 from tests.processing.test_subtitles import read_srt, read_vtt
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = {"asr": "Transcribe the speech.", "ner": "Transcribe and tag.", "sa": "How is it meant?"}
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_whisper, tiny_llama):
-    torch.manual_seed(0)
-    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
-    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama, prompts=PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def model(parts, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    for part in parts:
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +68,8 @@ def test_help_and_version_need_no_torch():
     assert found.stdout.strip() == "set()", found.stderr
 
 
-def test_json_is_what_the_pipeline_hears(parts, model, clips):
-    found = sense("transcribe", "--model", model, "--json", "--batch-size", 2, "--num-beams", 2, *clips)
+def test_json_is_what_the_pipeline_hears(parts, saved, clips):
+    found = sense("transcribe", "--model", saved, "--json", "--batch-size", 2, "--num-beams", 2, *clips)
     assert found.exit_code == 0, found.stderr
     pipe = SpokenLanguageUnderstandingPipeline(*parts, device="cpu")
     asked = {"return_entities": False, "return_sentiment": False, "return_timestamps": "word"}
@@ -96,21 +78,21 @@ def test_json_is_what_the_pipeline_hears(parts, model, clips):
     assert lines == json.loads(json.dumps([{"file": clip, **heard} for clip, heard in zip(clips, true)]))
 
 
-def test_understand_writes_entities_and_sentiment(model, clips):
-    found = sense("understand", "--json", clips[0], env={"SENSE_MODEL": model})
+def test_understand_writes_entities_and_sentiment(saved, clips):
+    found = sense("understand", "--json", clips[0], env={"SENSE_MODEL": saved})
     assert found.exit_code == 0, found.stderr
     heard = json.loads(found.stdout)
     assert heard.keys() == {"file", "text", "duration", "entities", "sentiment", "chunks"}
-    shown = sense("understand", clips[0], env={"SENSE_MODEL": model}).stdout
+    shown = sense("understand", clips[0], env={"SENSE_MODEL": saved}).stdout
     assert shown.splitlines()[-1] == f"  {heard['sentiment']['label']}  {100 * heard['sentiment']['score']:.0f} %"
 
 
-def test_recordings_that_fail_are_named_and_the_others_go_on(model, clips, tmp_path):
+def test_recordings_that_fail_are_named_and_the_others_go_on(saved, clips, tmp_path):
     noise, text = tmp_path / "nan.wav", tmp_path / "text.wav"
     soundfile.write(noise, np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
     text.write_text("no audio")
     names = [clips[0], "missing.wav", noise, clips[1], tmp_path, text, clips[2]]
-    found = sense("transcribe", "--model", model, "--json", *names)
+    found = sense("transcribe", "--model", saved, "--json", *names)
     assert found.exit_code == 1
     assert [json.loads(line)["file"] for line in found.stdout.splitlines()] == clips
     errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
@@ -122,27 +104,27 @@ def test_recordings_that_fail_are_named_and_the_others_go_on(model, clips, tmp_p
     assert all(line.count(str(noise)) <= 1 for line in errors)
 
 
-def test_a_recording_that_breaks_off(model, clips, tmp_path):
+def test_a_recording_that_breaks_off(saved, clips, tmp_path):
     whole, broken = tmp_path / "whole.flac", tmp_path / "broken.flac"
     soundfile.write(whole, tone(3.0), 16000)
     broken.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    found = sense("transcribe", "--model", model, "--json", clips[0], broken, clips[1])
+    found = sense("transcribe", "--model", saved, "--json", clips[0], broken, clips[1])
     assert found.exit_code == 1 and f"error: {broken}: " in found.stderr, found.exception
     assert [json.loads(line)["file"] for line in found.stdout.splitlines()] == clips[:2]
 
 
-def test_text_names_recordings_where_there_are_several(model, clips):
-    several = sense("transcribe", "--model", model, *clips).stdout
+def test_text_names_recordings_where_there_are_several(saved, clips):
+    several = sense("transcribe", "--model", saved, *clips).stdout
     assert [several.count(f"{clip}: ") for clip in clips] == [1, 1, 1]
-    assert clips[0] not in sense("transcribe", "--model", model, clips[0]).stdout
+    assert clips[0] not in sense("transcribe", "--model", saved, clips[0]).stdout
 
 
-def test_subtitles_and_output_folder(model, clips, tmp_path):
+def test_subtitles_and_output_folder(saved, clips, tmp_path):
     out = tmp_path / "deep" / "out"
     for form in ("srt", "vtt", "json"):
-        found = sense("understand", "--model", model, f"--{form}", "--output", out, *clips)
+        found = sense("understand", "--model", saved, f"--{form}", "--output", out, *clips)
         assert found.exit_code == 0 and found.stdout == "", found.stderr
-    assert sense("understand", "--model", model, "--output", out, *clips).exit_code == 0
+    assert sense("understand", "--model", saved, "--output", out, *clips).exit_code == 0
     names = [f"{name}.{form}" for name in ("one", "two", "three") for form in ("json", "srt", "txt", "vtt")]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     for name in ("one", "two", "three"):
@@ -151,28 +133,28 @@ def test_subtitles_and_output_folder(model, clips, tmp_path):
         assert heard.replace(" ", "") == "".join(words).replace("-->", "->") and words
         assert len(read_vtt((out / f"{name}.vtt").read_text())) == len(read_srt((out / f"{name}.srt").read_text()))
         assert not (out / f"{name}.txt").read_text().startswith(clips[0])
-    assert read_srt(sense("transcribe", "--model", model, "--srt", clips[0]).stdout)
+    assert read_srt(sense("transcribe", "--model", saved, "--srt", clips[0]).stdout)
 
 
-def test_reference_is_what_was_said(model, clips, tmp_path):
+def test_reference_is_what_was_said(saved, clips, tmp_path):
     corpus = Path(write_corpus(tmp_path / "corpus", test=1)) / "test"
     line = json.loads((corpus / "metadata.jsonl").read_text())
     clip = corpus / line["file_name"]
-    shown = sense("transcribe", "--model", model, "--reference", clip, clips[0]).stdout
+    shown = sense("transcribe", "--model", saved, "--reference", clip, clips[0]).stdout
     assert f"{clip}\n  said:  {line['text']}\n  heard: " in shown and f"{clips[0]}\n  heard: " in shown
-    found = sense("transcribe", "--model", model, "--reference", "--json", clip, clips[0]).stdout
+    found = sense("transcribe", "--model", saved, "--reference", "--json", clip, clips[0]).stdout
     assert [json.loads(one)["reference"] for one in found.splitlines()] == [line["text"], None]
     (corpus / "metadata.jsonl").write_text('{"text": "whose?"}\n')
     sense_cli._texts_of.cache_clear()
-    assert sense("transcribe", "--model", model, "--reference", clip).exit_code == 2
+    assert sense("transcribe", "--model", saved, "--reference", clip).exit_code == 2
 
 
-def test_stdin_in_a_process_of_its_own(model):
-    process = start_sense("transcribe", "-", "--json", "--model", model)
+def test_stdin_in_a_process_of_its_own(saved):
+    process = start_sense("transcribe", "-", "--json", "--model", saved)
     out, err = process.communicate(wav(tone(0.7)))
     assert process.returncode == 0, err.decode()
     assert json.loads(out)["file"] == "stdin" and json.loads(out)["duration"] == pytest.approx(0.7)
-    process = start_sense("understand", "-", "--vtt", "--model", model)
+    process = start_sense("understand", "-", "--vtt", "--model", saved)
     process.stdin.write(wav(tone(0.7)))
     process.stdin.close()
     process.stdout.close()  # nobody reads
@@ -279,7 +261,7 @@ def test_entities_are_coloured_where_they_stand():
     assert sense_cli.coloured({"text": "", "sentiment": None}).plain == ""
 
 
-def test_export(model, clips, tmp_path):
+def test_export(saved, clips, tmp_path):
     pytest.importorskip("processing.hub")
     told = [
         "--license",
@@ -293,11 +275,11 @@ def test_export(model, clips, tmp_path):
         "--language",
         "de",
     ]
-    found = sense("export", model, tmp_path / "out", *told)
+    found = sense("export", saved, tmp_path / "out", *told)
     assert found.exit_code == 0, found.stderr
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.datasets, data.language) == (["org/a", "org/b"], ["de", "en"])
     assert re.search("^license: apache-2.0$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
     assert sense("transcribe", "--model", tmp_path / "out", clips[0]).exit_code == 0
-    again = sense("export", model, tmp_path / "out")
+    again = sense("export", saved, tmp_path / "out")
     assert again.exit_code == 1 and "exists" in again.stderr

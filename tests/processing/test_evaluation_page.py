@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from playwright.sync_api import sync_playwright
 
 import eval_sense
 from processing.evaluation_page import (
@@ -254,17 +252,6 @@ def test_what_was_evaluated():
     assert about["decoding"] == "5 beams" and about["split"] == "test, its first 3 rows at most"
     assert about["number format"] == "bfloat16" and "configuration" not in about
     assert f"torch {torch.__version__.partition('+')[0]}" in about["versions"] and "2 processes" in about["machine"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium")
-        if path is None:
-            pytest.skip("chromium is not installed")
-        found = playwright.chromium.launch(executable_path=path)
-        yield found
-        found.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

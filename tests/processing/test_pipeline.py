@@ -2,7 +2,6 @@
 
 import http.server
 import io
-import threading
 
 import datasets
 import numpy as np
@@ -11,31 +10,15 @@ import torch
 from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
 from processing.long_audio import RATE
 from processing.pipeline_sense import TASK
 from processing.tasks import SENTIMENTS
 from tests.conftest import make_corpus, tone, wav
+from tests.local_server import LocalServer
 
 
-PROMPTS = {"asr": "Transcribe the speech.", "ner": "Transcribe and tag.", "sa": "How is it meant?"}
 SHORT = {"generate_kwargs": {"max_new_tokens": 5}}
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_whisper, tiny_llama):
-    torch.manual_seed(0)
-    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama)
-    return model, SenseProcessor.from_backbones(tiny_whisper, tiny_llama, prompts=PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def folder(parts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    for part in parts:
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -56,20 +39,20 @@ def said(pipe, monkeypatch):
     return pipe, answers
 
 
-def test_it_is_registered_and_loads_by_its_name(folder):
-    pipe = pipeline(TASK, model=folder)
+def test_it_is_registered_and_loads_by_its_name(saved):
+    pipe = pipeline(TASK, model=saved)
     assert isinstance(pipe, SpokenLanguageUnderstandingPipeline)
     assert set(pipe(tone(1), **SHORT)) == {"text", "duration", "entities", "sentiment"}
 
 
-def test_the_name_asr_gives_the_transcript_with_this_class(folder):
-    pipe = pipeline("automatic-speech-recognition", model=folder, pipeline_class=SpokenLanguageUnderstandingPipeline)
+def test_the_name_asr_gives_the_transcript_with_this_class(saved):
+    pipe = pipeline("automatic-speech-recognition", model=saved, pipeline_class=SpokenLanguageUnderstandingPipeline)
     found = pipe(tone(1), return_timestamps="word", return_entities=False, return_sentiment=False, **SHORT)
     assert set(found) == {"text", "duration", "chunks"}
 
 
-def test_transformers_own_asr_pipeline_is_told_the_right_call(folder):
-    pipe = pipeline("automatic-speech-recognition", model=folder)
+def test_transformers_own_asr_pipeline_is_told_the_right_call(saved):
+    pipe = pipeline("automatic-speech-recognition", model=saved)
     with pytest.raises(ValueError, match=r'pipeline\("spoken-language-understanding"'):
         pipe(tone(1))
 
@@ -104,22 +87,18 @@ def test_all_ways_to_hand_audio_over_give_the_same(pipe, tmp_path):
 def test_addresses_are_fetched(pipe, tmp_path):
     (tmp_path / "clip.wav").write_bytes(wav(tone(1)))
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
+    class Folder(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=tmp_path)
 
-        def log_message(self, *args):
-            """Quiet."""
+    class FolderServer(LocalServer):
+        def handler(self):
+            return Folder
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}/clip.wav"
-        assert pipe(address, **SHORT) == pipe(tmp_path / "clip.wav", **SHORT)
+    with FolderServer() as server:
+        assert pipe(f"{server.url}/clip.wav", **SHORT) == pipe(tmp_path / "clip.wav", **SHORT)
         with pytest.raises(ValueError, match="none.wav.*404"):
-            pipe(address.replace("clip", "none"))
-    finally:
-        server.shutdown()
+            pipe(f"{server.url}/none.wav")
 
 
 def test_torchcodecs_decoder_is_read(pipe):
