@@ -1,7 +1,10 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
-# make test         lint and all tests
+# make test         lint, types, all tests and what they cover
 # make bench        speed and memory beside peers, into benchmarks/results (35 minutes on two cores)
 # make docs         the documentation as a site, into outputs/docs
+# make dist         wheel and source archive, into dist, the same bytes each time
+# make audit        known vulnerabilities of what is installed (asks pypi.org)
+# make test-lowest  all tests with the oldest dependencies that setup.py allows (30 minutes on two cores)
 # PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench docs lint backbones browser
+.PHONY: quickstart test test-lowest bench docs dist audit lint backbones browser
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +34,27 @@ quickstart: backbones
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
+# A process of one thread on each core: the models of the tests are too small to share one out.
 test: lint backbones browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --cov --cov-report term:skip-covered
+
+test-lowest: $(VENV)/installed browser
+	$(BIN)/uv venv --clear $(VENV)/lowest
+	$(BIN)/uv pip install --python $(VENV)/lowest --resolution lowest-direct --editable '.[dev]'
+	$(VENV)/lowest/bin/python -m processing.backbones whisper-tiny.en SmolLM2-135M-Instruct en_core_web_sm
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest --numprocesses logical --dist loadfile
+
+audit: $(VENV)/installed
+	$(BIN)/pip-audit --local --strict --skip-editable
+
+# Files of an archive have the time of the last commit, its order is that of their names: whoever builds gets these bytes.
+dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist
+	cd dist && name=$$(basename *.tar.gz .tar.gz) && tar xzf $$name.tar.gz && \
+	    tar --sort=name --mtime=@$(SOURCE_DATE_EPOCH) --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX -cf - $$name \
+	    | gzip -n > $$name.tar.gz && $(abspath $(BIN))/python -m build --no-isolation --wheel --outdir . $$name && rm -r $$name
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --out benchmarks/results
@@ -50,3 +72,4 @@ browser: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -517,6 +517,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
 
     def _classifier_loss(self, audio_embeds, counts, labels, num_clips) -> torch.Tensor:
         """`audio_embeds` are the clips' embeddings one below the other, `counts` of them each."""
+        assert self.classifier is not None
         clips = nn.utils.rnn.pad_sequence(audio_embeds.split(counts.tolist()), batch_first=True)
         weights = self.config.classifier["weights"]
         if weights is not None:
@@ -779,15 +780,15 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         if quantize is not None:
             quantization_config(quantize)  # a wrong name or a missing library should not wait for the weights
         sources, revisions = {"audio": audio, "text": text}, revisions or {}
-        revisions = {name: _commit_of(source, revisions.get(name)) for name, source in sources.items()}
+        commits = {name: _commit_of(source, revisions.get(name)) for name, source in sources.items()}
         shared = {"dtype": dtype or torch.float32}
-        encoder = _load_encoder(audio, revisions["audio"], shared)
-        lm, audio_token_id = _load_language_model(text, revisions["text"], shared, gguf_file)
+        encoder = _load_encoder(audio, commits["audio"], shared)
+        lm, audio_token_id = _load_language_model(text, commits["text"], shared, gguf_file)
         config = SenseConfig(
             audio_config=encoder.config,
             text_config=lm.config,
             audio_token_id=audio_token_id,
-            backbones={name: {"id": str(source), "revision": revisions[name]} for name, source in sources.items()},
+            backbones={name: {"id": str(source), "revision": commits[name]} for name, source in sources.items()},
             **config_kwargs,
         )
         # Built on the meta device, then given the real parts: no second copy of the weights is ever made.
@@ -1037,7 +1038,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             model.quantize(quantize)
         model.load_adapter(folder)
         # Not where copies of them lie on this machine; of rounded weights the fingerprint stays.
-        model.config.backbones = {**model.config.backbones, **about["backbones"]}
+        model.config.backbones = {**(model.config.backbones or {}), **about["backbones"]}
         model.name_or_path = str(folder)  # the processor lies there too
         return model.eval()
 

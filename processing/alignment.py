@@ -37,7 +37,8 @@ def word_times(
         return list(zip(edges, edges[1:]))
     scores = _similarity(embeddings[torch.tensor(tokens, device=embeddings.device)], audio_embeds, embeddings)
     silence = np.full((1, frames), SILENCE, np.float32)
-    rows, optional, spans, at = [silence], [True], [], 0
+    rows, optional, at = [silence], [True], 0
+    spans: list[tuple[int, int]] = []
     for piece in pieces:
         spans.append((len(optional), len(optional) + len(piece) - 1))
         rows += [scores[at : at + len(piece)], silence]
@@ -81,21 +82,21 @@ def monotonic_path(scores: np.ndarray, optional: list[bool] | None = None) -> li
         ValueError: fewer frames than states that must have one.
     """
     states, frames = scores.shape
-    optional = np.zeros(states, bool) if optional is None else np.array(optional)
-    if frames < (~optional).sum():
-        raise ValueError(f"{frames} frames for {(~optional).sum()} states")
+    free = np.zeros(states, bool) if optional is None else np.array(optional)
+    if frames < (~free).sum():
+        raise ValueError(f"{frames} frames for {(~free).sum()} states")
     best = np.full(states, -np.inf)
     best[0] = scores[0, 0]
-    if optional[0] and states > 1:
+    if free[0] and states > 1:
         best[1] = scores[1, 0]
     moves = np.zeros((frames, states), np.int8)  # by how many states the path came forward to be here
     from_before = np.full((3, states), -np.inf)  # stay, one on, two on (over a state that may be left out)
     for frame in range(1, frames):
         from_before[0], from_before[1, 1:] = best, best[:-1]
-        from_before[2, 2:] = np.where(optional[1:-1], best[:-2], -np.inf)
+        from_before[2, 2:] = np.where(free[1:-1], best[:-2], -np.inf)
         moves[frame] = from_before.argmax(0)
         best = from_before.max(0) + scores[:, frame]
-    return _walk_back(moves, states - 2 if states > 1 and optional[-1] and best[-2] >= best[-1] else states - 1)
+    return _walk_back(moves, states - 2 if states > 1 and free[-1] and best[-2] >= best[-1] else states - 1)
 
 
 def _walk_back(moves: np.ndarray, state: int) -> list[tuple[int, int] | None]:

@@ -171,7 +171,7 @@ def ask_hub(hub_id: str) -> None:
 
     In a thread because urlopen's timeout holds for each of the host's addresses, not for all of them together.
     """
-    answer = queue.SimpleQueue()
+    answer: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask():
         try:

@@ -67,7 +67,7 @@ class SenseCollator:
             clips = [mask_time(clip, self.time_mask) for clip in clips]
         return pad(clips), [len(clip) for clip in clips]
 
-    def _tokens(self, prompts: list[str], answers: list[str]) -> dict:
+    def _tokens(self, prompts: list[str], answers: list[str | None]) -> dict:
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         said = [ids + [tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]

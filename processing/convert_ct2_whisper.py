@@ -9,6 +9,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,7 @@ def make_config(v: dict, suppress_begin: list[int]) -> WhisperConfig:
 def make_generation_config(config: WhisperConfig, ct2: dict, tok: WhisperTokenizer) -> GenerationConfig:
     tid = tok.convert_tokens_to_ids
     multilingual = config.vocab_size >= 51865
-    extra = {}
+    extra: dict = {}
     if multilingual:
         extra["lang_to_id"] = {tok.convert_ids_to_tokens(i): i for i in ct2["lang_ids"]}
         extra["task_to_id"] = {t: tid(f"<|{t}|>") for t in ("transcribe", "translate")}
@@ -245,7 +246,7 @@ def make_tokenizer(tokenizer_json: Path, dest: Path) -> WhisperTokenizer:
 # --------------------------------------------------------------------------- #
 
 
-def load_strictly(model: torch.nn.Module, weights: dict, allowed_missing: set[str] = frozenset()) -> None:
+def load_strictly(model: torch.nn.Module, weights: dict, allowed_missing: Set[str] = frozenset()) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if set(missing) - allowed_missing or unexpected:
         raise ValueError(f"weights do not match: missing {missing}, unexpected {unexpected}")

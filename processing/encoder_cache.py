@@ -134,8 +134,8 @@ def build_cache(
     folder.mkdir(parents=True, exist_ok=True)
     keys = [[clip_key(digest, speed) for speed in speeds] for digest in hash_clips(dataset)]
     held = {key for path in folder.glob("*.safetensors") for key in Shard(path).keys}
-    missing = {key: (row, speed) for row, of_clip in enumerate(keys) for key, speed in zip(of_clip, speeds)}
-    missing = [(key, *place) for key, place in missing.items() if key not in held]
+    wanted = {key: (row, speed) for row, of_clip in enumerate(keys) for key, speed in zip(of_clip, speeds)}
+    missing = [(key, *place) for key, place in wanted.items() if key not in held]
     state = PartialState()
     groups = [missing[i : i + shard_clips] for i in range(0, len(missing), shard_clips)]
     if missing and state.is_main_process:

@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 
 import jiwer
@@ -225,7 +226,7 @@ def show_utterance(line: dict, parsed: dict[str, list[Answer]], audio: dict) -> 
     said = line["reference"]
     heard = {name: answers[line["index"]] for name, answers in parsed.items()}
     worded = {name: answer for name, answer in heard.items() if answer.text is not None}
-    lines = []
+    lines: list[tuple[str, list[dict]]] = []
     for name, answer in worded.items():
         said_marks, heard_marks = compare_words(said, answer.text)
         if not lines:
@@ -245,8 +246,8 @@ def compare_words(said: str, heard: str) -> tuple[list[str], list[str]]:
     words = said.split(), heard.split()
     if not words[0]:
         return [], ["insert"] * len(words[1])
-    marks = [], []
-    for chunk in jiwer.process_words(*map(" ".join, words)).alignments[0]:
+    marks: tuple[list[str], list[str]] = [], []
+    for chunk in jiwer.process_words(" ".join(words[0]), " ".join(words[1])).alignments[0]:
         marks[0].extend([chunk.type] * (chunk.ref_end_idx - chunk.ref_start_idx))
         marks[1].extend([chunk.type] * (chunk.hyp_end_idx - chunk.hyp_start_idx))
     return marks
@@ -254,7 +255,8 @@ def compare_words(said: str, heard: str) -> tuple[list[str], list[str]]:
 
 def mark(text: str, marks: Sequence[str], entities: Sequence[Entity] | None) -> list[dict]:
     """A text as runs, each within one entity (`tag`) or none (None), of `words`: the word and its mark."""
-    runs, last = [], None
+    runs: list[dict] = []
+    last = None
     for found, fared in zip(re.finditer(r"\S+", text), marks, strict=True):
         inside = (e for e in entities or [] if e[1] < found.end() and found.start() < e[1] + e[2])
         entity = next(inside, None)
@@ -281,9 +283,9 @@ def all_section(table: list[dict], parsed: dict[str, list[Answer]]) -> Section:
         "WER, %": lambda line: f"{line['wer']:.0f}" if "wer" in line else "-",
         "said": lambda line: line["reference"],
     }
-    columns |= {f"heard ({name})": lambda line, name=name: line[name] for name in parsed if name != "sa"}
+    columns |= {f"heard ({name})": itemgetter(name) for name in parsed if name != "sa"}
     if "sa" in parsed:
         columns["sentiment"] = lambda line: line["reference_sentiment"] or "-"
-        columns["heard sentiment"] = lambda line: line["sa"]
+        columns["heard sentiment"] = itemgetter("sa")
     rows = [[cell(line) for cell in columns.values()] for line in table]
     return Section("All utterances", table=(list(columns), rows), searchable=True)

@@ -81,7 +81,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         generate_kwargs: dict | None = None,
         streamer=None,
         progress: bool | None = None,
-    ) -> tuple[dict, dict, dict]:
+    ) -> tuple[dict, ...]:
         if chunk_length_s is not None:
             check_chunk_length(chunk_length_s)
         if return_timestamps not in (None, False, True, "word"):
@@ -94,7 +94,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """The results of recordings, in order; their windows are heard in batches, across recordings."""
-        waiting = deque()
+        waiting: deque = deque()
         for recording, batch in self._batches(inputs, batch_size, preprocess_params):
             if recording is not None:
                 waiting.append(recording)
@@ -269,7 +269,7 @@ def _mean_sentiment(windows: list[dict]) -> dict:
     seconds = np.array([heard["end"] - heard["start"] for heard in windows])
     mean = (seconds[:, None] * np.array([heard["scores"] for heard in windows])).sum(0) / seconds.sum()
     scores = {label: round(float(score), 4) for label, score in zip(SENTIMENTS, mean)}
-    label = max(scores, key=scores.get)
+    label = max(SENTIMENTS, key=lambda name: scores[name])
     return {"label": label, "score": scores[label], "scores": scores}
 
 

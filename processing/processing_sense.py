@@ -277,8 +277,13 @@ class SenseProcessor(ProcessorMixin):
             raise ValueError(f"audio backbone {audio}: it has a {kind}; give a Whisper model")
         tokenizer = AutoTokenizer.from_pretrained(text, **({"gguf_file": gguf_file} if gguf_file else {}))
         tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
-        tokens = {"num_audio_tokens": num_audio_tokens, "audio_tokens": audio_tokens}
-        return cls(feature_extractor, tokenizer, prompts=prompts, **tokens)
+        return cls(
+            feature_extractor,
+            tokenizer,
+            prompts=prompts,
+            num_audio_tokens=num_audio_tokens,
+            audio_tokens=audio_tokens,
+        )
 
     def num_tokens(self, num_samples: int) -> int:
         """Audio tokens of a clip of `num_samples` samples at the feature extractor's rate."""

@@ -47,7 +47,7 @@ def plot_training(runs: dict[str, list[dict]]) -> Figure:
     losses, errors = figure.subplots(1, 2, sharex=True)
     for i, (name, history) in enumerate(runs.items()):
         for key, style in styles.items():
-            label = ": ".join(filter(None, [name, style["label"]]))
+            label = ": ".join(filter(None, [name, str(style["label"])]))
             steps, values = _curve(history, key)
             marker = "o" if len(steps) == 1 else None  # a line needs two
             losses.plot(steps, values, color=f"C{i}", marker=marker, **(style | {"label": label}))

@@ -114,7 +114,7 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
     words, possessives split on both sides as a tag may split them, `ner_wer_normalized` after Whisper's normaliser.
     """
     labelled = [(row, answer) for row, answer in zip(rows, answers) if row["entities"] is not None]
-    metrics = {}
+    metrics: dict = {}
     for suffix, clean in (("", plain), ("_normalized", NORMALIZE)):
         references = [_clean(row["text"], row["entities"], clean) for row, _ in labelled]
         predictions = [_clean(answer.text or "", answer.entities or [], clean) for _, answer in labelled]
@@ -126,7 +126,7 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
             metrics["ner_per_tag"] = found["per_tag"]
     metrics["ner_malformed_rate"] = 100 * np.mean([answer.malformed > 0 for _, answer in labelled]).item()
     forms = {"ner_wer": normalize_phrase, "ner_wer_normalized": NORMALIZE}
-    return metrics | _wers(*map(list, zip(*labelled)), forms)
+    return metrics | _wers([row for row, _ in labelled], [answer for _, answer in labelled], forms)
 
 
 def _ner_with_intervals(suffix: str, found: dict, predictions: list, references: list) -> dict:
@@ -221,7 +221,7 @@ def score(rows: list[dict], answers: dict[str, list[Answer]]) -> dict:
         rows: of the project's schema, the references.
         answers: by task, one a row. A task without a labelled row, or without a scorer here, is left out.
     """
-    metrics = {}
+    metrics: dict = {}
     for name, given in answers.items():
         if name in SCORERS and any(row[TASKS[name].label] is not None for row in rows):
             metrics |= SCORERS[name](rows, given)

@@ -74,7 +74,9 @@ def make_cues(words: list[Word]) -> list[Cue]:
         if i + 1 < len(groups):
             end = min(end, _ms(groups[i + 1][0].start))
         free = max(end, start + 1)  # words that are said to be spoken at once
-        cues.append(Cue(start, free, _lines(group)))
+        lines = _lines(group)
+        assert lines is not None  # `_break` took no more words than fit
+        cues.append(Cue(start, free, lines))
     return cues
 
 
@@ -85,7 +87,8 @@ def _words(result: dict) -> list[Word]:
         first = result["text"][: entity["start"]].count(" ")
         for i in range(first, first + entity["word"].count(" ") + 1):
             entity_of[i] = (number, entity["entity"])
-    return [Word(c["text"], *c["timestamp"], entity_of.get(i)) for i, c in enumerate(result["chunks"])]
+    chunks = enumerate(result["chunks"])
+    return [Word(c["text"], c["timestamp"][0], c["timestamp"][1], entity_of.get(i)) for i, c in chunks]
 
 
 def _pieces(word: Word) -> Iterator[Word]:

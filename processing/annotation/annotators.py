@@ -114,13 +114,16 @@ class EndpointAnnotator(Annotator):
         self.name = model
         self.endpoint, self.timeout, self.max_retries, self.backoff = endpoint, timeout, max_retries, backoff
         self.context_tokens = context_tokens
-        self.count = estimate_tokens if tokenizer is None else lambda text: len(tokenizer.encode(text))
+        self.tokenizer = tokenizer
         self.structured = True  # until the server is found not to take a schema
         self.answered = False
         where = {"base_url": endpoint} if "://" in endpoint else {"provider": endpoint}
         if not token:  # the client would send Hugging Face's token to anybody
             token = None if is_hugging_face(endpoint) else "none"
         self.client = AsyncInferenceClient(**where, token=token, timeout=timeout)
+
+    def count(self, text: str) -> int:
+        return estimate_tokens(text) if self.tokenizer is None else len(self.tokenizer.encode(text))
 
     async def ask(self, request: Request) -> Reply:
         """
@@ -157,7 +160,7 @@ class EndpointAnnotator(Annotator):
         raise NoAnswer(f"no answer after {self.max_retries + 1} tries: {describe(cause)}") from cause
 
     async def _post(self, request: Request, structured: bool) -> Reply:
-        extra = {}
+        extra: dict = {}
         if structured:
             named = {"name": "annotation", "schema": request.schema, "strict": True}
             extra["response_format"] = {"type": "json_schema", "json_schema": named}

@@ -25,7 +25,7 @@ def select_examples(groups: Sequence[set[str]], number: int, seed: int = 0) -> l
     order = rng.sample(range(len(groups)), len(groups))
     left = {name: [row for row in order if name in groups[row]] for name in total}
     chosen: dict[int, None] = {}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     while len(chosen) < number and left:
         name = min(left, key=lambda name: (counts[name], total[name], name))
         row = left[name].pop()

@@ -131,7 +131,8 @@ def place_phrases(text: str, pairs: Sequence[Sequence]) -> tuple[list[tuple[int,
     said = [word for word, _, _ in words]
     wanted = [plain_words(phrase) for _, phrase, *_ in pairs]
     holder: dict[int, int] = {}  # a word of the text: the pair that has it
-    spots, reasons = [None] * len(pairs), [None] * len(pairs)
+    spots: list[tuple[int, int] | None] = [None] * len(pairs)
+    reasons: list[str | None] = [None] * len(pairs)
     for i in sorted(range(len(pairs)), key=lambda i: (-len(wanted[i]), i)):
         length = len(wanted[i])
         mentions = find_words(said, wanted[i])

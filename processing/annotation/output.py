@@ -31,7 +31,8 @@ def write_dataset(
     Returns:
         the provenance with the counts.
     """
-    counts, rejected = Counter(), []
+    counts: Counter[str] = Counter()
+    rejected = []
     for split, rows in splits.items():
         lines = []
         for row, result in zip(tqdm(rows, desc=f"writing {split}", unit="row"), results[split]):

@@ -156,7 +156,7 @@ class SentimentAnnotation:
     def finish(self, text: str, annotated: str) -> Labels:
         """The class; a word that is none, after `near_misses`, is rejected as meaningless."""
         word = " ".join(annotated.lower().split())
-        name = self.near_misses.get(word, word.capitalize())
+        name: str | None = self.near_misses.get(word, word.capitalize())
         filtered = Filtered([])
         if name not in SENTIMENTS:
             filtered.rejected.append({"sentiment": annotated, "reason": "meaningless"})
@@ -245,11 +245,11 @@ def _entity_pairs(value) -> list[list[str]] | None:
         return pairs if whole and all(isinstance(phrase, str) for _, phrase in pairs) else None
     if not isinstance(value, list):
         return None
-    pairs = [_entity_pair(item) for item in value]
-    return None if None in pairs else pairs
+    found = [pair for pair in map(_entity_pair, value) if pair is not None]
+    return found if len(found) == len(value) else None
 
 
-def _entity_pair(item) -> list[str] | None:
+def _entity_pair(item) -> list | None:
     if isinstance(item, list) and len(item) == 2:
         pair = item
     elif isinstance(item, dict):

@@ -50,7 +50,7 @@ def load_pairs(args) -> tuple[list[dict], list[dict], int]:
                 continue
             other = made.get(name)
             annotated = written.get(name, other and _as_written(other, column))
-            if annotated is None:
+            if other is None or annotated is None:
                 missing += 1
                 continue
             if other["text"] != row["text"]:
@@ -135,7 +135,7 @@ def _score(counts: np.ndarray) -> dict:
         "label_f1": lambda sums: ratio(2 * sums[..., 1, 0], sums[..., 1, 1] + sums[..., 1, 2]),
     }
     sums = counts.sum(0)
-    scores = {"given": int(sums[0, 1]), "true": int(sums[0, 2])}
+    scores: dict = {"given": int(sums[0, 1]), "true": int(sums[0, 2])}
     for name, measure in measures.items():
         scores[name] = 100 * float(measure(sums))
         scores[f"{name}_interval"] = bootstrap(counts, measure)
@@ -299,8 +299,8 @@ def write_report(args, found: dict):
     write_text(args.output_dir / "metrics.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     picture = plot_quality(found)
     save_png(picture, args.output_dir / "quality.png")
-    sections = "\n\n".join(f"## {name}\n\n{markdown_table(*table)}" for name, table in tables.items())
-    write_text(args.output_dir / "report.md", f"# {title}\n\n{lead}\n\n![Scores](quality.png)\n\n{sections}\n")
+    listed = "\n\n".join(f"## {name}\n\n{markdown_table(*table)}" for name, table in tables.items())
+    write_text(args.output_dir / "report.md", f"# {title}\n\n{lead}\n\n![Scores](quality.png)\n\n{listed}\n")
     scores = Section("Scores", figure=picture, alt="Scores and confusions; the tables below have the numbers.")
     sections = [scores, *(Section(name, table=table) for name, table in tables.items())]
     write_page(args.output_dir / "report.html", title, lead, sections)

@@ -38,7 +38,8 @@ class Item:
 
 def make_items(split: str, rows: datasets.Dataset) -> list[Item]:
     """Items of a split's rows; of rows with the same id and text each gets a key of its own."""
-    seen, items = defaultdict(int), []
+    seen: defaultdict = defaultdict(int)
+    items = []
     for row in rows.select_columns(["id", "text"]):
         same = (split, row["id"], row["text"])
         named = json.dumps([*same, seen[same]], ensure_ascii=False)
@@ -254,7 +255,7 @@ class Run:
 
     def _state(self) -> dict:
         """Beside the progress bar."""
-        state = {"tokens": f"{self.meter.total:,}"}
+        state: dict = {"tokens": f"{self.meter.total:,}"}
         if self.meter.price_in or self.meter.price_out:
             state["cost"] = f"{self.meter.cost:.2f}"
         if self.annotator.retries:

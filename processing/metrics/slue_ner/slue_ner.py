@@ -73,11 +73,10 @@ def count_matches(
         ValueError: an entity that is no pair of strings, None for a list, or a string for `tag_set`.
     """
     predicted, said = _read(prediction, tag_set), _read(reference, tag_set)
-    tags_alone = [(tag,) for tag, _ in predicted], [(tag,) for tag, _ in said]
-    return _count(predicted, said), _count(*tags_alone)
+    return _count(predicted, said), _count([pair[:1] for pair in predicted], [pair[:1] for pair in said])
 
 
-def _read(entities: Iterable[Sequence[str]], tag_set: Collection[str] | None) -> list[tuple[str, str]]:
+def _read(entities: Iterable[Sequence[str]], tag_set: Collection[str] | None) -> list[tuple[str, ...]]:
     if isinstance(tag_set, str):
         raise ValueError(f"tag_set is a list of tags; found the string {tag_set!r}")
     _check(entities)
@@ -95,24 +94,26 @@ def _check(entities: Iterable[Sequence[str]]):
 
 def _count(predicted: list[tuple[str, ...]], said: list[tuple[str, ...]]) -> Counts:
     """Items start with their tag."""
-    predicted, said = Counter(predicted), Counter(said)
+    given, true = Counter(predicted), Counter(said)
     counts: dict[str, list[int]] = {}
-    for column, items in enumerate((predicted & said, predicted, said)):
+    for column, items in enumerate((given & true, given, true)):
         for item, number in items.items():
             counts.setdefault(item[0], [0, 0, 0])[column] += number
-    return {tag: tuple(numbers) for tag, numbers in counts.items()}
+    return {tag: (matched, predicted, said) for tag, (matched, predicted, said) in counts.items()}
 
 
 def _add(several: Iterable[Counts]) -> Counts:
     sums: Counts = {}
     for counts in several:
         for tag, numbers in counts.items():
-            sums[tag] = tuple(a + b for a, b in zip(sums.get(tag, (0, 0, 0)), numbers))
+            before = sums.get(tag, (0, 0, 0))
+            sums[tag] = (before[0] + numbers[0], before[1] + numbers[1], before[2] + numbers[2])
     return dict(sorted(sums.items()))
 
 
 def _total(counts: Counts) -> tuple[int, int, int]:
-    return tuple(sum(numbers[column] for numbers in counts.values()) for column in range(3))
+    matched, predicted, said = (sum(numbers[column] for numbers in counts.values()) for column in range(3))
+    return matched, predicted, said
 
 
 def _scores(numbers: tuple[int, int, int], prefix: str = "") -> dict[str, float]:
