@@ -52,7 +52,7 @@ setup(
         "espeakng-loader>=0.2.4,<0.3",  # speaks the quickstart's corpus
         "gguf>=0.17,<1",  # backbones without the Hub
         "filelock>=3.16",
-        "jinja2>=3.1,<4",
+        "jinja2>=3.1.6,<4",  # transformers renders chat templates with no older one
         "numpy>=2.0,<3",
         "silero-vad>=6.2,<7",  # where long recordings are cut
         "pyyaml>=6.0,<7",
