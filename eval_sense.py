@@ -56,8 +56,8 @@ def understand(
 ) -> dict[str, list[str]]:
     """
     The model's answer to each task for each row of `dataset`, in order, from one listen to each clip; from an
-    `EncoderCache`, if there is one, of which each row has its `cache_index`. With `constrained` the answers keep to the
-    grammars of their tasks. Under several processes each does its share of the rows and all get the whole lists.
+    `EncoderCache`, if there is one, of which each row has its `cache_index`. With `constrained` answers keep to their
+    tasks' grammars. Under several processes each does its share of the rows and all get the whole lists.
 
     Returns:
         by task, the answers as the model writes them.

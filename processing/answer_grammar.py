@@ -1,8 +1,8 @@
 """
 What an answer may look like, byte by byte: a task's grammar, for constrained decoding (`processing/constrained.py`).
 
-A grammar has a first state, `start`, says by `step` which state follows a byte (None: the byte may not stand there), and
-by `is_complete` whether the answer may end. States are hashable, and few: each is gone through with every byte once.
+A grammar has a first state, `start`; `step` says which state follows a byte (None: the byte may not stand there), and
+`is_complete` whether the answer may end. States are hashable, and few: each is gone through with every byte once.
 A task of one's own brings `OneOf`, `TaggedWords`, or a subclass of `Grammar`. Standard library only.
 """
 

@@ -1,9 +1,9 @@
 """
 Constrained decoding: whatever a model hears or makes of it, its answer keeps to the grammar of its task.
 
-`SenseProcessor.constrain` makes what `generate` takes as a `logits_processor`. A grammar (`processing/answer_grammar.py`)
-is prepared for a tokenizer once: tokens that lead from every state to the same one are of one class, so that a step
-looks up a row of a small table for each beam, whatever the vocabulary.
+`SenseProcessor.constrain` makes what `generate` takes as a `logits_processor`. A grammar (see
+`processing/answer_grammar.py`) is prepared for a tokenizer once: tokens that lead from every state to the same one are
+of one class, so that a step looks up a row of a small table for each beam, whatever the vocabulary.
 """
 
 import json
@@ -58,7 +58,7 @@ class TokenGrammar:
             raise ValueError(f"tokenizer: it can't write one answer of {grammar}")
 
     def classes_of_model(self, size: int) -> np.ndarray:
-        """The class of each of `size` tokens: a model may have more of them than its tokenizer, which write nothing."""
+        """The class of each of `size` tokens: a model may have more than its tokenizer, which write nothing."""
         unknown = np.full(max(size - len(self.classes), 0), self.forbidden)
         return np.append(self.classes, unknown)[:size]
 
@@ -132,8 +132,8 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         read = _read_sentencepiece
     else:
         raise ValueError(
-            f"tokenizer: its decoder is {' + '.join(kinds)}; constrained decoding reads those of byte-level tokenizers "
-            "and of SentencePiece's"
+            f"tokenizer: its decoder is {' + '.join(kinds)}; constrained decoding reads byte-level "
+            "tokenizers' and SentencePiece's"
         )
     pieces: list[bytes | None] = [None] * len(tokenizer)
     added = tokenizer.added_tokens_decoder
@@ -167,8 +167,8 @@ def _prepared(grammar: Grammar, tokenizer, size: int) -> TokenGrammar:
 
 class GrammarConstraint(LogitsProcessor):
     """
-    Takes from the scores all tokens after which an answer could not keep to its grammar, or not be completed within its
-    limit. Reads each row's state from what that row has written, so that beams may change places. For one generation.
+    Rules out all tokens after which an answer could not keep to its grammar, or not be completed within its limit.
+    Reads each row's state from what that row has written, so that beams may change places. For one generation.
 
     Args:
         grammars: of each row of the batch; None for rows that may answer anything. All beams of a row stand side by
@@ -190,9 +190,8 @@ class GrammarConstraint(LogitsProcessor):
             if grammar is not None:
                 prepared = _prepared(grammar, tokenizer, len(tokenizer))
                 if limits[row] < prepared.shortest:
-                    raise ValueError(
-                        f"max_new_tokens {limits[row]}: the shortest answer of {grammar} takes {prepared.shortest} tokens"
-                    )
+                    least = f"the shortest answer of {grammar} takes {prepared.shortest} tokens"
+                    raise ValueError(f"max_new_tokens {limits[row]}: {least}")
                 self.rows.setdefault(prepared, []).append(row)
         self.start = self.length = 0  # of the prompt, and of prompt and answer: known when it is called
         self.classes: dict[TokenGrammar, np.ndarray] = {}  # of the model's tokens

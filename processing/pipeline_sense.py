@@ -286,8 +286,8 @@ def _mean_sentiment(windows: list[dict]) -> dict:
 
 def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None) -> dict:
     """
-    For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens, and kept to
-    its grammar by what `SenseProcessor.constrain` makes.
+    For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens, and kept
+    to its grammar by what `SenseProcessor.constrain` makes, if that is given.
     """
     settings = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
     return settings if constraint is None else settings | {"logits_processor": [constraint]}

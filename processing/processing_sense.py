@@ -215,7 +215,8 @@ class SenseProcessor(ProcessorMixin):
         prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
             speech."}`, saved with it: another one costs accuracy.
         chunk_length_s: the length of clips that the model is used to, in seconds. Pipelines cut longer recordings.
-        entity_tags: the tag set that the model was trained on, `"combined"` or `"raw"`; constrained decoding keeps to it.
+        entity_tags: the tag set that the model was trained on, `"combined"` or `"raw"`: constrained decoding keeps to
+            it.
 
     Raises:
         ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens`, `chunk_length_s` or
@@ -420,7 +421,7 @@ class SenseProcessor(ProcessorMixin):
 
     def constrain(self, tasks, limits) -> GrammarConstraint:
         """
-        A logits processor, for one `generate` or `generate_branches`, that keeps each answer to the grammar of its task:
+        A logits processor, for one `generate` or `generate_branches`, that keeps each answer to its task's grammar:
         of entities, words and whole tags of the model's set; of sentiment, one of the classes. Transcripts stay free.
 
         Args:
