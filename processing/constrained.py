@@ -20,6 +20,7 @@ from .answer_grammar import Grammar
 
 
 NEVER = 2**30  # tokens to an end that can't be reached
+MOST_STATES = 10_000
 SPACE_MARK = "▁"  # SentencePiece's
 
 
@@ -33,12 +34,13 @@ class TokenGrammar:
         forbidden: the class of those that may never stand.
         following: the state after a token of a class, `(states, classes)`.
         needed: how many tokens the shortest way from there to a complete answer takes, `(states, classes)`; NEVER
-            where the token may not stand. Answers that are over or astray may go on in any way.
+            where the token may not stand. Nothing but the end follows the end; what went astray (padding, beams that
+            are out of the running) may go on in any way.
         shortest: tokens of the shortest answer, its end not counted.
 
     Raises:
         ValueError: a tokenizer that can't end an answer, that is of another kind than `token_bytes` reads, or that
-            can write no answer of the grammar.
+            can write no answer of the grammar; a grammar of too many states.
     """
 
     def __init__(self, grammar: Grammar, tokenizer):
@@ -47,12 +49,12 @@ class TokenGrammar:
         steps, complete = _byte_steps(grammar)
         over, astray = len(complete), len(complete) + 1
         steps = np.vstack([np.where(steps < 0, astray, steps), np.full((2, 256), astray)])
-        end = np.append(np.where(complete, over, astray), [astray, astray])
+        end = np.append(np.where(complete, over, astray), [over, astray])
         self.following, self.classes = _token_columns(steps, token_bytes(tokenizer), tokenizer.eos_token_id, end)
         self.forbidden = int(np.flatnonzero((self.following == astray).all(0))[0])
         distances = _distances(self.following, np.append(complete, [True, False]))
         self.needed = distances[self.following]
-        self.needed[over:] = 0
+        self.needed[astray] = 0
         self.shortest = int(distances[0])
         if self.shortest == NEVER:
             raise ValueError(f"tokenizer: it can't write one answer of {grammar}")
@@ -62,10 +64,10 @@ class TokenGrammar:
         unknown = np.full(max(size - len(self.classes), 0), self.forbidden)
         return np.append(self.classes, unknown)[:size]
 
-    def states(self, written: np.ndarray) -> np.ndarray:
-        """The state after the tokens of each row, `(rows, tokens)` -> `(rows,)`."""
-        states = np.zeros(len(written), int)
-        for column in self.classes[written].T:
+    def states(self, classes: np.ndarray) -> np.ndarray:
+        """The state after tokens of these classes, `(rows, tokens)` -> `(rows,)`."""
+        states = np.zeros(len(classes), int)
+        for column in classes.T:
             states = self.following[states, column]
         return states
 
@@ -79,6 +81,8 @@ def _byte_steps(grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
         for byte in range(256):
             after = grammar.step(state, byte)
             if after is not None and after not in numbers:
+                if len(states) == MOST_STATES:
+                    raise ValueError(f"{grammar} has more than {MOST_STATES:,} states: let `step` tell fewer apart")
                 numbers[after] = len(states)
                 states.append(after)
             row.append(-1 if after is None else numbers[after])
@@ -209,7 +213,8 @@ class GrammarConstraint(LogitsProcessor):
         for prepared, rows in self.rows.items():
             rows = (np.array(rows)[:, None] * beams + np.arange(beams)).reshape(-1)
             left = np.maximum(self.limits[rows // beams] - written.shape[1], 1)
-            possible = prepared.needed[prepared.states(written[rows])] < left[:, None]
+            states = prepared.states(self.classes[prepared][written[rows]])
+            possible = prepared.needed[states] < left[:, None]
             # Most rows are in the same state: it is few patterns that are spread over the vocabulary.
             patterns, numbers = np.unique(possible, axis=0, return_inverse=True)
             for number, pattern in enumerate(patterns):
