@@ -68,7 +68,8 @@ found["adapter"] = answer(sense.from_adapter(asked["adapter"]), asked["adapter"]
 found["tags"] = get_class_from_dynamic_module("tasks.EntityTask", repo)("").parse("<PLACE> a </PLACE>").entities
 pipe = transformers.pipeline("spoken-language-understanding", model=repo, revision="v1", trust_remote_code=True)
 found["pipeline"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
-kept = processor.constrain(["ner", "sa"], [9, 9])(torch.ones(2, 3, dtype=int), torch.zeros(2, len(processor.tokenizer)))
+scores = torch.zeros(2, len(processor.tokenizer))
+kept = processor.constrain(["ner", "sa"], [9, 9])(torch.ones(2, 3, dtype=int), scores)
 found["kept"] = (kept == 0).sum(1).tolist()
 pipe = transformers.pipeline("automatic-speech-recognition", model=repo, revision="v1", trust_remote_code=True)
 found["asr"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
