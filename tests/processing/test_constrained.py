@@ -32,10 +32,12 @@ def make_merged_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    how = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": alphabet, "show_progress": False}
+    special = [*SPECIAL_TOKENS, "[INST]"]  # decoding drops it, though it has no < of its own
+    how = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     tagged = ["<PERSON> anna </PERSON> left <PLACE> moscow", "</PLACE> Positive Neutral", "<script> a\u00a0b\u3000 é"]
     tokenizer.train_from_iterator(tagged * 4, trainers.BpeTrainer(vocab_size=380, **how))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["[INST]"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def make_sentencepiece() -> PreTrainedTokenizerFast:
@@ -178,6 +180,8 @@ def test_no_text_that_a_model_is_made_to_write_changes_the_grammar(llms, name, n
     inside = tokenizer("<PERSON> anna", add_special_tokens=False)["input_ids"]
     wanted = [tokenizer(attack, add_special_tokens=False)["input_ids"] for attack in ATTACKS]
     wanted += [special, [*inside, tokenizer.eos_token_id], [*inside, *special, *inside]]
+    opened, closed = tokenizer(["<PERSON>", "</PERSON>"], add_special_tokens=False)["input_ids"]
+    wanted += [[*opened, token, *closed] for token in special]
     if name == "sentencepiece":  # < as a byte beside a broken character: decoding loses both
         lost = tokenizer.convert_tokens_to_ids(["<0xFF>", "<0x3C>"])
         wanted.append([*inside, *lost, *tokenizer.convert_tokens_to_ids(["/", "PER", "SON>"])])
@@ -388,7 +392,7 @@ def test_understand_takes_it(parts):
 
 def test_the_pipeline_takes_it_beside_processors_of_ones_own(parts):
     pipe = SpokenLanguageUnderstandingPipeline(*parts, device="cpu")
-    wants = Wants(parts[1].tokenizer("<PERSON> anna <PLACE> ", add_special_tokens=False)["input_ids"])
+    wants = Wants(parts[1].tokenizer("<PERSON> anna" + " anna" * 30, add_special_tokens=False)["input_ids"])
     how = {"generate_kwargs": {"logits_processor": [wants], "max_new_tokens": 30}, "return_sentiment": False}
     assert pipe(tone(2), **how)["entities"] == []
     wants.start = None
