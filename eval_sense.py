@@ -44,12 +44,20 @@ CONTROLS = ("cascade", "gold", "majority")
 
 
 def understand(
-    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8, cache=None
+    model,
+    processor,
+    dataset,
+    tasks=("asr",),
+    *,
+    num_beams: int = 1,
+    batch_size: int = 8,
+    constrained: bool = False,
+    cache=None,
 ) -> dict[str, list[str]]:
     """
     The model's answer to each task for each row of `dataset`, in order, from one listen to each clip; from an
-    `EncoderCache`, if there is one, of which each row has its `cache_index`. Under several processes each does its
-    share of the rows and all get the whole lists.
+    `EncoderCache`, if there is one, of which each row has its `cache_index`. With `constrained` answers keep to their
+    tasks' grammars. Under several processes each does its share of the rows and all get the whole lists.
 
     Returns:
         by task, the answers as the model writes them.
@@ -65,7 +73,9 @@ def understand(
             inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
             seconds = [n * MAX_SECONDS / processor.num_audio_tokens for n in lengths]
         limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
-        answers = model.generate_branches(**inputs.to(model.device), num_beams=num_beams, **answer_settings(limits))
+        constraint = processor.constrain(list(tasks) * len(rows), limits) if constrained else None
+        how = answer_settings(limits, constraint)
+        answers = model.generate_branches(**inputs.to(model.device), num_beams=num_beams, **how)
         return [tuple(_decode(processor, of_clip)) for of_clip in answers]
 
     answers = _over_processes(dataset, answer, batch_size, "listening")
@@ -73,7 +83,7 @@ def understand(
 
 
 def understand_text(
-    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8
+    model, processor, dataset, tasks=("asr",), *, num_beams: int = 1, batch_size: int = 8, constrained: bool = False
 ) -> dict[str, list[str]]:
     """The same with the true transcript in the audio's place: what the language model makes of perfect hearing."""
 
@@ -84,7 +94,8 @@ def understand_text(
             texts = [prompt.replace(AUDIO_TOKEN, row["text"]) for row in rows]
             inputs = processor(text=texts).to(model.device)
             limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
-            output = model.generate(**inputs, num_beams=num_beams, **answer_settings(limits))
+            constraint = processor.constrain([name] * len(rows), limits) if constrained else None
+            output = model.generate(**inputs, num_beams=num_beams, **answer_settings(limits, constraint))
             found.append(_decode(processor, output[:, inputs["input_ids"].shape[1] :]))
         return list(zip(*found))
 
@@ -148,7 +159,7 @@ def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -
     if "gold" in args.controls:
         reading = [name for name in tasks if name != "asr"]
         systems["true text, then spaCy / VADER"] = from_text(list(dataset["text"]), reading)
-        read = understand_text(model, processor, dataset, reading, **how)
+        read = understand_text(model, processor, dataset, reading, constrained=args.constrained, **how)
         systems["true text, then the same LLM"] = parse_answers(processor.prompts, read)
     if "majority" in args.controls and "sa" in tasks:
         most = majority_class(args)
@@ -248,6 +259,7 @@ def measured_on(args, model) -> dict:
         "split": args.split,
         "max_samples": args.max_samples,
         "num_beams": args.num_beams,
+        "constrained": args.constrained,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "quantize": args.quantize,  # on loading: not as it was saved
@@ -265,7 +277,7 @@ def main(argv: list[str] | None = None) -> dict:
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 
     begin = time.perf_counter()
-    answers = understand(model, processor, dataset, tasks, **how)
+    answers = understand(model, processor, dataset, tasks, constrained=args.constrained, **how)
     seconds = time.perf_counter() - begin
     parsed = parse_answers(processor.prompts, answers)
     rows = list(dataset.remove_columns("audio"))
@@ -304,6 +316,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all that the model has a prompt for")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--constrained", action="store_true", help="keep answers to their grammar: whole tags, one of the sentiments"
+    )
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the language model in 8 or 4 bits")

@@ -126,6 +126,9 @@ def understand(
     device: Device = "",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    constrained: Annotated[
+        bool, typer.Option("--constrained", help="Keep answers to the grammar of tags: known, closed, not empty.")
+    ] = False,
 ):
     """
     Write what recordings say, what they name and when, and how it was meant.
@@ -135,7 +138,7 @@ def understand(
     form = _form(json=as_json, srt=as_srt, vtt=as_vtt)
     sources = _sources(files, form, output)
     pipe = _load(model, device, dtype, quantize, {"ner", "sa"})
-    how = {"return_timestamps": "word", "generate_kwargs": {"num_beams": num_beams}}
+    how = {"return_timestamps": "word", "constrained": constrained, "generate_kwargs": {"num_beams": num_beams}}
     _write(_hear(pipe, sources, batch_size=batch_size, **how), form, output, many=len(sources) > 1)
 
 

@@ -568,6 +568,7 @@ def main(argv: list[str] | None = None) -> dict:
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
     processor.chunk_length_s = usual_length(train["duration"])
+    processor.entity_tags = args.entity_tags
 
     checkpoint = training.resume_from_checkpoint
     if checkpoint is None and Path(training.output_dir).is_dir():

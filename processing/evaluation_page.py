@@ -84,6 +84,7 @@ def describe_run(args, model, processes: int, rtf: float) -> dict[str, str]:
     device = model.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     libraries = ("sense-asr", "torch", "transformers")
+    decoding = "greedy" if args.num_beams == 1 else f"{args.num_beams} beams"
     about = {
         "model": args.model,
         "revision": args.revision,
@@ -93,7 +94,7 @@ def describe_run(args, model, processes: int, rtf: float) -> dict[str, str]:
         "configuration": args.config_name,
         "split": args.split + (f", its first {args.max_samples} rows at most" if args.max_samples else ""),
         "text column": args.text_column,
-        "decoding": "greedy" if args.num_beams == 1 else f"{args.num_beams} beams",
+        "decoding": decoding + ", constrained" * args.constrained,
         "batch size": str(args.batch_size),
         "number format": str(model.dtype).removeprefix("torch."),
         "time / audio": f"{rtf:.3f}",

@@ -33,7 +33,7 @@ CARD = "README.md"
 REPLACED = [CONFIG_NAME, "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"]
 REPLACED += ["model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 REPLACED += ["configuration_sense.py", "modeling_sense.py", "quantization_sense.py", "processing_sense.py"]
-REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py"]
+REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py", "constrained.py", "answer_grammar.py"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 

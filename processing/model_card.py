@@ -417,7 +417,8 @@ def _measured(metrics: dict) -> str:
     beams = "greedy" if on["num_beams"] == 1 else f"{on['num_beams']} beams"
     where = "" if on["on_hub"] else " (a folder, not on the Hub)"
     part = f", its first {on['max_samples']:,} rows at most" if on.get("max_samples") else ""
-    how = [size, beams, *filter(None, [on.get("dtype")])]
+    how = [size, beams, *(["constrained to the tasks' grammars"] if on.get("constrained") else [])]
+    how += filter(None, [on.get("dtype")])
     if on.get("quantization"):
         how.append(f"{on['quantization']} weights" + (", quantised on loading" if on.get("quantize") else ""))
     return f"**{name}**{where}, {on['split']} split{part}; {'; '.join(how)}."

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSpeechSeq2Seq, StoppingCriteria
+from transformers import AutoModelForSpeechSeq2Seq, LogitsProcessor, StoppingCriteria
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
@@ -43,6 +43,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         chunk_length_s (`float`, *optional*): recordings that are longer are cut at pauses, into windows that are no
             longer. By default recordings above 30 s are, into windows of the length that the model is used to: three
             quarters of its training clips were no longer.
+        constrained (`bool`, *optional*, defaults to False): keep the answers to the grammar of tags, so that each of
+            these is known, closed and not empty, whatever is heard. Sentiment is one of its classes anyway.
         generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`.
         streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
         progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
@@ -78,6 +80,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         return_sentiment: bool | None = None,
         return_timestamps: bool | str | None = None,
         chunk_length_s: float | None = None,
+        constrained: bool | None = None,
         generate_kwargs: dict | None = None,
         streamer=None,
         progress: bool | None = None,
@@ -89,7 +92,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         reading = {"sampling_rate": sampling_rate, "chunk_length_s": chunk_length_s, "progress": progress}
         asking = {"return_entities": return_entities, "return_sentiment": return_sentiment}
         writing = asking | {"return_timestamps": return_timestamps}
-        hearing = writing | {"generate_kwargs": generate_kwargs, "streamer": streamer}
+        hearing = writing | {"constrained": constrained, "generate_kwargs": generate_kwargs, "streamer": streamer}
         return tuple({k: v for k, v in each.items() if v is not None} for each in (reading, hearing, writing))
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
@@ -155,6 +158,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         return_entities=None,
         return_sentiment=None,
         return_timestamps=False,
+        constrained=False,
         generate_kwargs=None,
         streamer=None,
     ) -> list[dict]:
@@ -166,7 +170,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         audio = {"pooled_features": pooled, "pooled_features_mask": valid}
         lengths = valid.sum(1).tolist()
         task = "ner" if self._is_asked("ner", return_entities) else "asr"
-        heard = self._ask(task, audio, lengths, (generate_kwargs or {}) | ({"streamer": streamer} if streamer else {}))
+        how = (generate_kwargs or {}) | ({"streamer": streamer} if streamer else {})
+        heard = self._ask(task, audio, lengths, how, constrained)
         for found, window in zip(heard, windows):
             found |= {"start": window["start"], "end": window["start"] + len(window["samples"]) / RATE}
         if self._is_asked("sa", return_sentiment):
@@ -182,12 +187,18 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         """Whether a question is put; by default where the model was trained for it."""
         return task in self.processor.prompts if wanted is None else wanted
 
-    def _ask(self, task: str, audio: dict, lengths: list[int], generate_kwargs: dict) -> list[dict]:
+    def _ask(self, task: str, audio: dict, lengths: list[int], generate_kwargs: dict, constrained: bool) -> list[dict]:
         """The words of each clip and, from "ner", its entities."""
         seconds = [n * MAX_SECONDS / self.processor.num_audio_tokens for n in lengths]
         limits = [TASKS[task].most_tokens(s) for s in seconds]
         prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
-        answers = self.model.generate_branches(prompts, **audio, **answer_settings(limits) | generate_kwargs)
+        if "max_new_tokens" in generate_kwargs:
+            limits = [min(limit, generate_kwargs["max_new_tokens"]) for limit in limits]
+        settings = answer_settings(limits) | generate_kwargs
+        if constrained:  # after processors of the caller's own
+            constraint = self.processor.constrain([task] * len(prompts), limits)
+            settings["logits_processor"] = [*settings.get("logits_processor", ()), constraint]
+        answers = self.model.generate_branches(prompts, **audio, **settings)
         texts = self.processor.batch_decode([of_clip[0] for of_clip in answers], skip_special_tokens=True)
         parsed = [TASKS[task](self.processor.prompts[task]).parse(text) for text in texts]
         return [{"text": " ".join(answer.text.split()), "entities": answer.entities} for answer in parsed]
@@ -273,9 +284,13 @@ def _mean_sentiment(windows: list[dict]) -> dict:
     return {"label": label, "score": scores[label], "scores": scores}
 
 
-def answer_settings(limits: list[int]) -> dict:
-    """For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens."""
-    return {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
+def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None) -> dict:
+    """
+    For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens, and kept
+    to its grammar by what `SenseProcessor.constrain` makes, if that is given.
+    """
+    settings = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
+    return settings if constraint is None else settings | {"logits_processor": [constraint]}
 
 
 class AnswerLimits(StoppingCriteria):

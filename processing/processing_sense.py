@@ -16,6 +16,9 @@ import torch
 from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchFeature, WhisperFeatureExtractor
 from transformers.processing_utils import ProcessorMixin
 
+from .constrained import GrammarConstraint
+from .tasks import TAG_SETS, TASKS
+
 
 if TYPE_CHECKING:
     # What else goes to the Hub: `save_pretrained` copies each file that is imported like this, and what that imports.
@@ -212,10 +215,12 @@ class SenseProcessor(ProcessorMixin):
         prompts: the instruction of each task that the model was trained with, such as `{"asr": "Transcribe the
             speech."}`, saved with it: another one costs accuracy.
         chunk_length_s: the length of clips that the model is used to, in seconds. Pipelines cut longer recordings.
+        entity_tags: the tag set that the model was trained on, `"combined"` or `"raw"`: constrained decoding keeps to
+            it.
 
     Raises:
-        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens` or `chunk_length_s` is
-            out of range.
+        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens`, `chunk_length_s` or
+            `entity_tags` is out of range.
     """
 
     text_kwargs = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -229,6 +234,7 @@ class SenseProcessor(ProcessorMixin):
         audio_tokens: str = "trim",
         prompts: dict[str, str] | None = None,
         chunk_length_s: float = MAX_SECONDS,
+        entity_tags: str = "combined",
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
@@ -238,7 +244,10 @@ class SenseProcessor(ProcessorMixin):
         if audio_tokens not in ("trim", "fixed"):
             raise ValueError(f"audio_tokens {audio_tokens!r}: give 'trim' or 'fixed'")
         check_chunk_length(chunk_length_s)
+        if entity_tags not in TAG_SETS:
+            raise ValueError(f"entity_tags {entity_tags!r}: give one of {', '.join(TAG_SETS)}")
         self.chunk_length_s = chunk_length_s
+        self.entity_tags = entity_tags
         self.num_audio_tokens = num_audio_tokens
         self.audio_tokens = audio_tokens
         self.prompts = dict(prompts or PROMPTS)
@@ -414,6 +423,25 @@ class SenseProcessor(ProcessorMixin):
         if task not in self.prompts:
             raise ValueError(f"there is no prompt for task {task!r}; this model was trained for {list(self.prompts)}")
         return self.prompts[task]
+
+    def constrain(self, tasks, limits) -> GrammarConstraint:
+        """
+        A logits processor, for one `generate` or `generate_branches`, that keeps each answer to its task's grammar:
+        of entities, words and whole tags of the model's set; of sentiment, one of the classes. Transcripts stay free.
+
+        Args:
+            tasks: the task of each row of the batch: for `generate_branches` those of the first clip, then those of
+                the second, and so on. `num_beams` does not matter.
+            limits: the tokens that each row may write, at most; what is opened is closed within them.
+
+        Raises:
+            ValueError: no such task, a limit that is too short for any answer, or a tokenizer that is neither
+                byte-level nor SentencePiece's.
+        """
+        if foreign := sorted(set(tasks) - TASKS.keys()):
+            raise ValueError(f"there is no task {foreign[0]!r}; there are {', '.join(TASKS)}")
+        grammars = [TASKS[task].grammar(TAG_SETS[self.entity_tags]) for task in tasks]
+        return GrammarConstraint(grammars, self.tokenizer, limits)
 
     def apply_transcription_request(
         self, audios, prompt: str | None = None, sampling_rate: int | None = None

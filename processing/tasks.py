@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .answer_grammar import Grammar, OneOf, TaggedWords
+
 
 # OntoNotes tags, and what SLUE makes of them; five of them it drops.
 RAW_TO_COMBINED = {
@@ -67,6 +69,14 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def grammar(cls, tags: Sequence[str] = COMBINED_TAGS) -> Grammar | None:
+        """
+        What constrained decoding keeps answers to, of a model that was trained on these tags; None for any answer. By
+        default one of the classes, where there are some.
+        """
+        return None if cls.classes is None else OneOf(cls.classes)
+
+    @classmethod
     def most_tokens(cls, seconds: float) -> int:
         """Bound on the answer to a clip of so many seconds, for answers that do not end by themselves."""
         return 16 + int(cls.tokens_per_second * seconds)
@@ -96,6 +106,10 @@ class EntityTask(Task):
 
     def parse(self, answer: str) -> Answer:
         return read_tags(answer)
+
+    @classmethod
+    def grammar(cls, tags: Sequence[str] = COMBINED_TAGS) -> TaggedWords:
+        return TaggedWords(tuple(tags))
 
 
 class SentimentTask(Task):

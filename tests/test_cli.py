@@ -87,6 +87,15 @@ def test_understand_writes_entities_and_sentiment(saved, clips):
     assert shown.splitlines()[-1] == f"  {heard['sentiment']['label']}  {100 * heard['sentiment']['score']:.0f} %"
 
 
+def test_constrained_answers(saved, clips, monkeypatch):
+    made, make = [], SenseProcessor.constrain
+    monkeypatch.setattr(SenseProcessor, "constrain", lambda *args: made.append(args[1]) or make(*args))
+    for options in ([], ["--constrained", "--num-beams", 2]):
+        found = sense("understand", "--json", *clips[:2], "--model", saved, *options)
+        assert found.exit_code == 0, found.stderr
+    assert made == [["ner", "ner"]]  # of the second call
+
+
 def test_recordings_that_fail_are_named_and_the_others_go_on(saved, clips, tmp_path):
     noise, text = tmp_path / "nan.wav", tmp_path / "text.wav"
     soundfile.write(noise, np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")

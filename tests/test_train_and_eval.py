@@ -581,9 +581,10 @@ def test_two_processes_train_and_score_as_one(recipe, corpus, tmp_path):
     assert found[0] == found[1]
 
 
-def test_windows_of_long_recordings_are_as_long_as_most_training_clips(recipe, tmp_path):
+def test_what_a_run_tells_those_who_ask_its_model(recipe, tmp_path):
     assert train_sense.usual_length([2.0, 4.0, 6.0, 8.0, None]) == 7  # 6.5 s is the third quartile
     assert train_sense.usual_length([0.3]) == 1 and train_sense.usual_length([200.0]) == 30
     assert train_sense.usual_length([None]) == 30
-    train_sense.main([recipe(), "--max_steps", "1"])
-    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["chunk_length_s"] == 2
+    train_sense.main([recipe(entity_tags="raw"), "--max_steps", "1"])
+    saved = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert saved["chunk_length_s"] == 2 and saved["entity_tags"] == "raw"

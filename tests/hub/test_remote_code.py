@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import soundfile
+import torch
 from packaging.requirements import Requirement
 from transformers import pipeline
 
@@ -67,6 +68,9 @@ found["adapter"] = answer(sense.from_adapter(asked["adapter"]), asked["adapter"]
 found["tags"] = get_class_from_dynamic_module("tasks.EntityTask", repo)("").parse("<PLACE> a </PLACE>").entities
 pipe = transformers.pipeline("spoken-language-understanding", model=repo, revision="v1", trust_remote_code=True)
 found["pipeline"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
+scores = torch.zeros(2, len(processor.tokenizer))
+kept = processor.constrain(["ner", "sa"], [9, 9])(torch.ones(2, 3, dtype=int), scores)
+found["kept"] = (kept == 0).sum(1).tolist()
 pipe = transformers.pipeline("automatic-speech-recognition", model=repo, revision="v1", trust_remote_code=True)
 found["asr"] = pipe("clip.wav", return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
 for name, sample in asked["samples"].items():
@@ -163,6 +167,9 @@ def test_an_adapter_alone_is_enough(away, adapter):
 
 def test_pipeline_and_tasks_travel_with_the_processor(away, whole, tmp_path):
     assert away["tags"] == [["PLACE", 0, 1]]
+    constraint = whole["processor"].constrain(["ner", "sa"], [9, 9])
+    kept = constraint(torch.ones(2, 3, dtype=int), torch.zeros(2, len(whole["processor"].tokenizer)))
+    assert away["kept"] == (kept == 0).sum(1).tolist() and 0 < away["kept"][1] < away["kept"][0]
     pipe = pipeline("spoken-language-understanding", model=whole["folder"])  # the package's own, which needs no trust
     assert type(pipe).__module__ == "processing.pipeline_sense"
     here = pipe(tone(1.0), return_timestamps="word", generate_kwargs={"max_new_tokens": 8})
