@@ -22,6 +22,7 @@ from .report import (
     comparison,
     confusion_table,
     headlines_of,
+    left_out_of,
     plot_comparison,
     plot_confusion,
     plot_groups,
@@ -59,7 +60,7 @@ def write_evaluation_page(
         about: what was evaluated, by name.
         history: of the training, as trainer_state.json holds it.
     """
-    lead = f"{metrics['n_utterances']} utterances, {duration(metrics['audio_seconds'])} of speech."
+    lead = f"{metrics['n_utterances']} utterances, {duration(metrics['audio_seconds'])} of speech. {left_out_of(metrics)}".strip()
     sections = [headline_section(metrics), *group_sections(metrics)]
     if "ner_per_tag" in metrics:
         sections.append(tag_section(metrics["ner_per_tag"]))
