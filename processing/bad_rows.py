@@ -113,26 +113,28 @@ class BadRows:
 
         def listen(row: dict) -> tuple[str | None, dict | None]:
             key = known.key(row["audio"])
-            return key, self._problem(row, is_good=key in known.keys)
+            return key, None if key in known.keys else find_problem(row["audio"])
 
         looked_at = rows.select_columns(["text", "audio"])
-        bar = tqdm(total=len(rows), desc="checking clips", unit="clip", leave=False)
+        bar = tqdm(total=len(rows), desc="checking clips", unit="clip")
         with bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # libsndfile works without Python's lock
             for first in range(0, len(rows), BATCH):
                 part = looked_at.select(range(first, min(first + BATCH, len(rows))))
                 heard = list(pool.map(listen, part))
-                bad |= {first + i: problem for i, (_, problem) in enumerate(heard) if problem is not None}
+                for index, (text, (_, clip)) in enumerate(zip(part["text"], heard), first):
+                    if (found := self._judge(text, clip)) is not None:
+                        bad[index] = found
                 if len(rows) >= WORTH_KEEPING:
-                    known.add([key for key, problem in heard if problem is None])
+                    known.add([key for key, clip in heard if clip is None])
                 bar.update(len(part))
         return bad
 
-    def _problem(self, row: dict, is_good: bool = False) -> dict | None:
-        """What is wrong with a row; `is_good` says that its clip is known to be good."""
-        if self.training and not row["text"].strip():
-            return problem("empty_text", "text", f"{row['text']!r}; write down what is said, or delete the row")
-        found = None if is_good else find_problem(row["audio"])
-        return None if found is not None and found["kind"] in TRAINING_ONLY and not self.training else found
+    def _judge(self, text: str, clip: dict | None) -> dict | None:
+        """What is wrong with a row, by its text and by what is wrong with its clip."""
+        if not self.training:
+            return None if clip is not None and clip["kind"] in TRAINING_ONLY else clip
+        empty = problem("empty_text", "text", f"{text!r}; write down what is said, or delete the row")
+        return clip if text.strip() else empty
 
     def stream(self, rows):
         """
@@ -141,11 +143,14 @@ class BadRows:
         Raises:
             ValueError: while it is read, at the first bad row, where these stop.
         """
-        return rows.filter(self._passes).remove_columns(["where", "bad"])
+        features = rows.features.copy()
+        del features["where"], features["bad"]
+        # `remove_columns` forgets the features, and would have `datasets` ask for torchcodec.
+        return rows.filter(self._passes).map(remove_columns=["where", "bad"], features=features)
 
     def _passes(self, row: dict) -> bool:
         """Whether a row of a stream can be used; a bad one is written down at once: nobody knows the last."""
-        found = row["bad"] or self._problem(row)
+        found = row["bad"] or self._judge(row["text"], find_problem(row["audio"]))
         self.looked_at += 1
         if found is None:
             return True
@@ -189,7 +194,8 @@ class BadRows:
         return f"{len(self)} of {self.looked_at} rows can't be used ({counts})"
 
     def __str__(self) -> str:
-        lines = [f"  {row['where']}, {row['field'] or 'line'}: {row['message']}" for row in self.found.values()]
+        places = [f"{row['where']}" + (f", {row['field']}" if row["field"] else "") for row in self.found.values()]
+        lines = [f"  {place}: {row['message']}" for place, row in zip(places, self.found.values())]
         more = [f"  and {len(lines) - MOST_LISTED} more"] if len(lines) > MOST_LISTED else []
         hint = "Mend or delete them, or leave them out with --on_bad_row skip."
         return "\n".join([f"{self._summary()}:", *lines[:MOST_LISTED], *more, hint])

@@ -60,7 +60,8 @@ def write_evaluation_page(
         about: what was evaluated, by name.
         history: of the training, as trainer_state.json holds it.
     """
-    lead = f"{metrics['n_utterances']} utterances, {duration(metrics['audio_seconds'])} of speech. {left_out_of(metrics)}".strip()
+    lead = f"{metrics['n_utterances']} utterances, {duration(metrics['audio_seconds'])} of speech."
+    lead = " ".join(filter(None, [lead, left_out_of(metrics)]))
     sections = [headline_section(metrics), *group_sections(metrics)]
     if "ner_per_tag" in metrics:
         sections.append(tag_section(metrics["ner_per_tag"]))

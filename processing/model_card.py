@@ -243,7 +243,8 @@ def _tags(model, processor, adapter_only: bool) -> list[str]:
 def eval_results(metrics: dict) -> list[EvalResult]:
     """
     The headline scores for the card's model-index; none where it is not known what they were measured on, of a part
-    of the split (bad rows left out count as such), and of a model that was quantised as it was loaded, which is not the one that is published.
+    of the split (bad rows that were left out make it one), and of a model that was quantised as it was loaded, which
+    is not the one that is published.
     """
     on = metrics.get("measured_on")
     if on is None or on.get("max_samples") or on.get("bad_rows") or on.get("quantize"):
