@@ -613,7 +613,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
-    metrics["bad_rows"] = len(bad_rows)
+    metrics["bad_rows"] = bad_rows.counts
     trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +137,9 @@ class BadRows:
         empty = problem("empty_text", "text", f"{text!r}; write down what is said, or delete the row")
         return clip if text.strip() else empty
 
-    def stream(self, rows):
+    def stream(self, rows, listen: bool):
         """
-        The rows of an `IterableDataset` that can be used; each is checked as it comes.
+        The rows of an `IterableDataset` that can be used; each is checked as it comes, its clip too if they `listen`.
 
         Raises:
             ValueError: while it is read, at the first bad row, where these stop.
@@ -146,11 +147,13 @@ class BadRows:
         features = rows.features.copy()
         del features["where"], features["bad"]
         # `remove_columns` forgets the features, and would have `datasets` ask for torchcodec.
-        return rows.filter(self._passes).map(remove_columns=["where", "bad"], features=features)
+        return rows.filter(partial(self._passes, listen)).map(remove_columns=["where", "bad"], features=features)
 
-    def _passes(self, row: dict) -> bool:
+    def _passes(self, listen: bool, row: dict) -> bool:
         """Whether a row of a stream can be used; a bad one is written down at once: nobody knows the last."""
-        found = row["bad"] or self._judge(row["text"], find_problem(row["audio"]))
+        found = row["bad"]
+        if found is None and listen:
+            found = self._judge(row["text"], find_problem(row["audio"]))
         self.looked_at += 1
         if found is None:
             return True

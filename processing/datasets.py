@@ -87,7 +87,7 @@ def load_corpus(
     rows = _read_rows(dataset, split, columns, config_name, streaming)
     noted = BadRows() if bad_rows is None else bad_rows
     if streaming:
-        return noted.stream(rows)
+        return noted.stream(rows, listen=bad_rows is not None)
     rows = noted.leave_out(rows)
     if bad_rows is not None:
         return rows

@@ -367,6 +367,7 @@ def test_audio_is_not_decoded_by_loading(corpus):
     broken = corpus / "train" / "a.flac"
     broken.write_bytes(np.zeros(100, np.uint8).tobytes())
     row = load_corpus(corpus, "train")[0]
+    assert next(iter(load_corpus(corpus, "train", streaming=True))) == row
     with pytest.raises(ValueError, match="a.flac: not readable as audio"):
         load_audio(row["audio"])
 
