@@ -38,6 +38,7 @@ from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
 from processing.backbones import resolve_backbone
+from processing.bad_rows import ON_BAD_ROW, BadRows
 from processing.datasets import first_rows, load_corpus
 from processing.report import print_table
 
@@ -70,7 +71,7 @@ def make_annotator(args):
     )
 
 
-def load_rows(args, split: str):
+def load_rows(args, split: str, bad_rows: BadRows):
     """A split of the input, its audio undecoded and not in memory."""
     rows = load_corpus(
         args.input,
@@ -79,6 +80,7 @@ def load_rows(args, split: str):
         text_column=args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
+        bad_rows=bad_rows,
     )
     return first_rows(rows, args.max_samples)
 
@@ -102,7 +104,7 @@ def room_for_examples(task, annotator) -> int | None:
     return room
 
 
-def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
+def choose_examples(args, task, annotator, bad_rows: BadRows) -> list[tuple[str, str]]:
     """
     Few-shot examples of the labelled set, (transcript, answer), balanced; those that fit, unless each transcript gets
     its own. Prints the balance reached.
@@ -119,7 +121,9 @@ def choose_examples(args, task, annotator) -> list[tuple[str, str]]:
         text_column=args.examples_text_column or args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
+        bad_rows=bad_rows,
     )
+    bad_rows.settle()
     rows = [row for row in rows.select_columns(["text", task.column]) if row[task.column] is not None]
     if not rows:
         raise ValueError(f"{args.examples}, {args.examples_split}: no row has {task.column}; name a labelled set")
@@ -167,8 +171,10 @@ async def ask(run: Run, items: list) -> str | None:
 def annotate(args) -> dict:
     """The whole job; returns the provenance."""
     task, annotator = make_task(args), make_annotator(args)
-    examples = choose_examples(args, task, annotator)
-    splits = {split: load_rows(args, split) for split in args.splits}
+    bad_rows = BadRows(args.on_bad_row, args.output)
+    splits = {split: load_rows(args, split, bad_rows) for split in args.splits}
+    bad_rows.settle()
+    examples = choose_examples(args, task, annotator, BadRows(args.on_bad_row))
     items = {split: make_items(split, rows) for split, rows in splits.items()}
     settings = {
         "task": args.task,
@@ -202,6 +208,7 @@ def annotate(args) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tokens": {"prompt": meter.prompt_tokens, "completion": meter.completion_tokens, "cost": meter.cost},
         "stopped": stopped,
+        "bad_rows": bad_rows.counts,
     }
     results = {split: [run.result(item) for item in found] for split, found in items.items()}
     provenance = write_dataset(args.output, splits, results, provenance)
@@ -240,6 +247,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--entity_tags", default="combined", choices=["combined", "raw"], help="SLUE's 7 or OntoNotes' 18"
     )
     parser.add_argument("--max_samples", type=positive, help="the first rows of each split only")
+    parser.add_argument(
+        "--on_bad_row", default="stop", choices=ON_BAD_ROW, help="skip: leave rows out that can't be read"
+    )
     who = parser.add_argument_group("who annotates")
     who.add_argument("--endpoint", help="URL of an OpenAI-compatible server, or an inference provider's name")
     who.add_argument("--model", help="the model's name there")

@@ -30,6 +30,7 @@ from transformers import (
 from modeling_sense import QUANTIZATIONS
 from processing import report
 from processing.backbones import resolve_backbone
+from processing.bad_rows import ON_BAD_ROW, BadRows
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
 from processing.datasets import dataset_name, first_rows, load_corpus
 from processing.evaluation_page import describe_run, read_history, write_evaluation_page
@@ -186,7 +187,10 @@ def whisper_of(model) -> str:
 
 def majority_class(args) -> str:
     """The most frequent sentiment of the training split."""
-    return majority_sentiment(load_rows(args, args.train_split)["sentiment"])
+    bad_rows = BadRows(args.on_bad_row)
+    rows = load_rows(args, args.train_split, bad_rows)
+    bad_rows.settle()
+    return majority_sentiment(rows["sentiment"])
 
 
 def from_text(texts: list[str], tasks: list[str]) -> dict[str, list[Answer]]:
@@ -238,7 +242,7 @@ def wer_of_groups(rows: list[dict], answers: dict[str, list[Answer]], seconds: l
     return {"wer_by": wer_by(rows, answers[task], seconds)} if task in answers else {}
 
 
-def load_rows(args, split: str):
+def load_rows(args, split: str, bad_rows: BadRows | None = None):
     """One split of the dataset that the command line names."""
     return load_corpus(
         args.dataset,
@@ -246,6 +250,7 @@ def load_rows(args, split: str):
         text_column=args.text_column,
         config_name=args.config_name,
         entity_tags="combined",
+        bad_rows=bad_rows,
     )
 
 
@@ -272,7 +277,9 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
     tasks = args.tasks or list(processor.prompts)
     make_tasks(processor.prompts, tasks)  # an unknown one should not wait for the others
-    dataset = first_rows(load_rows(args, args.split), args.max_samples)
+    bad_rows = BadRows(args.on_bad_row, args.output_dir)
+    dataset = bad_rows.check(first_rows(load_rows(args, args.split, bad_rows), args.max_samples))
+    bad_rows.settle()
     check_controls(args, model, tasks)
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 
@@ -293,7 +300,8 @@ def main(argv: list[str] | None = None) -> dict:
     metrics["controls"] = {
         name: score(rows, given) | wer_of_groups(rows, given, durations, "asr") for name, given in systems.items()
     }
-    metrics["measured_on"] = measured_on(args, model)
+    metrics["bad_rows"] = bad_rows.counts
+    metrics["measured_on"] = measured_on(args, model) | {"bad_rows": len(bad_rows)}
     if PartialState().is_main_process:
         table, folder = utterance_table(rows, durations, answers, parsed), Path(args.output_dir)
         report.write_evaluation(folder, metrics, table, args.show)
@@ -320,6 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--constrained", action="store_true", help="keep answers to their grammar: whole tags, one of the sentiments"
     )
     parser.add_argument("--max_samples", type=int)
+    parser.add_argument("--on_bad_row", default="stop", choices=ON_BAD_ROW, help="skip: score the others, and say so")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the language model in 8 or 4 bits")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=[], help="what to compare with")

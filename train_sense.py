@@ -34,6 +34,7 @@ from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
 from processing.annotation.noise import RATES, add_noise, with_annotation
 from processing.backbones import resolve_backbone
+from processing.bad_rows import BadRows
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
@@ -102,6 +103,9 @@ class SenseArguments:
     lowercase: bool = field(
         default=False, metadata={"help": "transcripts in lower case (LibriSpeech's are upper case)"}
     )
+    on_bad_row: str = field(
+        default="stop", metadata={"help": "stop, or skip: leave rows out that can't be used, and list them"}
+    )
     max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     scored_samples: int = field(
@@ -152,6 +156,7 @@ class SenseArguments:
                     "label_noise without filter_labels puts words into the transcripts: train the task ner alone, "
                     f"found tasks {', '.join(self.tasks)}"
                 )
+        BadRows(self.on_bad_row)  # another word should not wait for the data
         if self.quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize: give {' or '.join(QUANTIZATIONS)}, found {self.quantize!r}")
         if self.classifier not in (None, "ner", "sa"):
@@ -427,7 +432,7 @@ def count_trained(model) -> dict[str, int]:
     return sizes
 
 
-def load_split(args: SenseArguments, split: str, most: int | None):
+def load_split(args: SenseArguments, split: str, most: int | None, bad_rows: BadRows):
     dataset = load_corpus(
         args.dataset_dir,
         split,
@@ -436,9 +441,15 @@ def load_split(args: SenseArguments, split: str, most: int | None):
         text_column=args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
+        bad_rows=bad_rows,
     )
-    dataset = first_rows(dataset, most)
-    return dataset.add_column("cache_index", list(range(len(dataset))))
+    return first_rows(dataset, most)
+
+
+def usable_rows(rows, bad_rows: BadRows):
+    """The rows whose clips can be heard, each with its place in the encoder cache."""
+    rows = bad_rows.check(rows)
+    return rows.add_column("cache_index", list(range(len(rows))))
 
 
 def training_labels(args: SenseArguments, train, seed: int):
@@ -557,9 +568,12 @@ def main(argv: list[str] | None = None) -> dict:
     training.restore_callback_states_from_checkpoint = True
     model, processor = build_model(args)
     tasks = make_tasks(args.prompts, args.tasks)
+    bad_rows = BadRows(args.on_bad_row, training.output_dir, training=True)
     with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
-        train = load_split(args, args.train_split, args.max_train_samples)
-        dev = load_split(args, args.eval_split, args.max_eval_samples)
+        train = load_split(args, args.train_split, args.max_train_samples, bad_rows)
+        dev = load_split(args, args.eval_split, args.max_eval_samples, bad_rows)
+    train, dev = usable_rows(train, bad_rows), usable_rows(dev, bad_rows)
+    bad_rows.settle()
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     if args.cache_only:
@@ -600,6 +614,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
+    metrics["bad_rows"] = bad_rows.counts
     trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()

@@ -1,13 +1,17 @@
 """Corpora of every kind -> rows of one schema, the audio still undecoded (`load_audio` decodes it)."""
 
+import codecs
 import io
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import fsspec
 import soundfile
 
+from .bad_rows import BadRows, RowError
 from .tasks import ALL_TAGS, SENTIMENTS, combine
 
 
@@ -25,6 +29,8 @@ SCHEMA = datasets.Features(
 )
 # Audio(decode=False) on disk. Rows are built with it, because `datasets` asks for torchcodec to build audio columns.
 STORED_AUDIO = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+# While rows are loaded: where each stands, and what is wrong with it (see bad_rows.py).
+NOTED = datasets.Features({**SCHEMA, "where": datasets.Value("string"), "bad": datasets.Json()})
 # Where SLUE keeps the entities of each of its text columns, by tag set, the best first; the offsets hold for that
 # column alone. From 18 raw tags one gets SLUE's 7, not the other way round.
 ENTITY_COLUMNS = {
@@ -45,6 +51,7 @@ def load_corpus(
     entity_tags: str = "combined",
     lowercase: bool = False,
     streaming: bool = False,
+    bad_rows: BadRows | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Loads one split of a corpus as rows of `SCHEMA`: `id, audio {bytes, path}, text, entities [[tag, start, length]],
@@ -66,20 +73,36 @@ def load_corpus(
         entity_tags: `"combined"` (SLUE's 7, to which OntoNotes' tags are mapped) or `"raw"` (as the corpus has them).
         lowercase: transcripts in lower case (LibriSpeech's are in upper case).
         streaming: return an `IterableDataset`, which downloads a Hub dataset as it is read.
+        bad_rows: notes the rows that can't be used, which are left out. A `Dataset` then has one more column, `where`,
+            for its `check`; an `IterableDataset` is checked as it is read, clips and all.
 
     Raises:
-        ValueError: no such folder, split or column (it lists those present), audio files that metadata.jsonl names
-            and that are missing, or a row with a label that can't be.
+        ValueError: no such folder, split or column (it lists those present); without `bad_rows` also rows that can't
+            be used (all of them are listed): lines that are no JSON or no UTF-8, missing audio files, texts that are
+            no strings, labels that can't be.
     """
     if entity_tags not in ("combined", "raw"):
         raise ValueError(f"entity_tags: give combined or raw, found {entity_tags!r}")
     columns = {"audio": audio_column, "text": text_column, "entity_tags": entity_tags, "lowercase": lowercase}
+    rows = _read_rows(dataset, split, columns, config_name, streaming)
+    noted = BadRows() if bad_rows is None else bad_rows
+    if streaming:
+        return noted.stream(rows, listen=bad_rows is not None)
+    rows = noted.leave_out(rows)
+    if bad_rows is not None:
+        return rows
+    noted.settle()
+    return rows.remove_columns("where")
+
+
+def _read_rows(dataset: str | Path, split: str, columns: dict, config_name: str | None, streaming: bool):
+    """All rows of a split, as `NOTED`."""
     folder = Path(dataset).expanduser()
     if folder.is_dir():
         rows = _read_folder(folder, split, columns)
         if rows is not None:
-            built = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
-            built = built.cast_column("audio", SCHEMA["audio"])
+            built = datasets.Dataset.from_list(rows, features=datasets.Features({**NOTED, "audio": STORED_AUDIO}))
+            built = built.cast_column("audio", NOTED["audio"])
             return built.to_iterable_dataset() if streaming else built
     elif folder.is_absolute() or str(dataset).startswith((".", "~")):
         raise ValueError(f"dataset {dataset}: no such folder")
@@ -123,59 +146,118 @@ def _require(what: str, name: str, present, where) -> None:
 
 def _read_metadata(path: Path, columns: dict) -> list[dict]:
     """Rows of a metadata.jsonl."""
-    lines = list(read_json_lines(path))
+    lines = list(_parse_lines(path))
     if not lines:
         raise ValueError(f"{path}: it is empty; give at least one line")
-    present = dict.fromkeys(name for line in lines for name in line)
+    present = dict.fromkeys(name for _, line, error in lines if error is None for name in line)
     audio_column = "file_name" if columns["audio"] == "audio" and "audio" not in present else columns["audio"]
-    _require("audio column", audio_column, present, path)
-    _require("text column", columns["text"], present, path)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, row {number}"
-        file_name = line.get(audio_column)
-        if not isinstance(file_name, str):
-            raise ValueError(f"{where}: {audio_column} is {file_name!r}; give the path of an audio file")
-        file = str(path.parent / file_name)
-        rows.append(_to_schema(line, {"bytes": None, "path": file}, columns, Path(file_name).stem, where))
-    _require_files(rows, path)
-    return rows
+    if present:  # else not one line could be read, and each is a bad row
+        _require("audio column", audio_column, present, path)
+        _require("text column", columns["text"], present, path)
+
+    def convert(line: dict, error: RowError | None, where: str) -> dict:
+        name = line.get(audio_column)
+        file = str(path.parent / name) if isinstance(name, str) else None
+        audio = {"bytes": None, "path": file}
+
+        def build() -> dict:
+            if error is not None:
+                raise error
+            if file is None:
+                raise RowError("wrong_field", audio_column, f"{name!r}; give the path of an audio file")
+            return _to_schema(line, audio, columns, Path(name).stem, audio_column)
+
+        return _noted(build, where, line.get("id") or Path(file or "").stem, file)
+
+    return [convert(line, error, where) for where, line, error in lines]
 
 
-def read_json_lines(path: Path):
-    """The objects of a JSONL file, one a line."""
-    with open(path, encoding="utf-8-sig") as file:
+def _noted(build: Callable[[], dict], where: str, name, file: str | None) -> dict:
+    """A row of `NOTED`: what `build` makes, or what is wrong with it."""
+    try:
+        return {**build(), "where": where, "bad": None}
+    except RowError as error:
+        row = dict.fromkeys(SCHEMA) | {"id": str(name), "audio": {"bytes": None, "path": file}, "text": ""}
+        return {**row, "where": where, "bad": error.problem}
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """The objects of a JSONL file, one a line; ValueError at a line that is none."""
+    for where, row, error in _parse_lines(path):
+        if error is not None:
+            raise ValueError(f"{where}: {error}") from error
+        yield row
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[str, dict, RowError | None]]:
+    """By line of a JSONL file: where it stands, its object, as far as it can be read, and what is wrong with it."""
+    with open(path, "rb") as file:  # a bad byte spoils its own line alone
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a {type(row).__name__}; give an object in braces")
-            yield row
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield f"{path}, line {number}", *_parse_line(line)
+
+
+def _parse_line(line: bytes) -> tuple[dict, RowError | None]:
+    error = None
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as found:
+        error = RowError("bad_utf8", None, f"{_bad_byte(found)}; save the line as UTF-8")
+        text = line.decode(errors="replace")  # for the names in it
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as found:  # half of a pair of escapes, such as \ud83d, is no letter
+        row, error = {}, RowError("bad_utf8", None, f"{found.object[found.start]!r} is no letter; write the line anew")
+    except (ValueError, RecursionError) as found:
+        row, error = {}, error or RowError("bad_json", None, f"not JSON ({found}); mend the line")
+    if isinstance(row, dict):
+        return row, error
+    return {}, error or RowError("bad_json", None, f"a {type(row).__name__}; give an object in braces")
+
+
+def _bad_byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
 
 
 def _read_librispeech(folder: Path, columns: dict) -> list[dict]:
     """Rows of one split of a LibriSpeech tree."""
-    rows = []
-    for transcript in sorted(folder.glob("*/*/*.trans.txt")):
-        for line in transcript.read_text(encoding="utf-8").splitlines():
-            name, _, text = line.strip().partition(" ")
-            audio = {"bytes": None, "path": str(transcript.parent / f"{name}.flac")}
-            row = {"text": text, "speaker": transcript.parent.parent.name}
-            rows.append(_to_schema(row, audio, columns, name, str(transcript)))
-    _require_files(rows, folder)
-    return rows
+    lines = (
+        (transcript, number, line.strip())
+        for transcript in sorted(folder.glob("*/*/*.trans.txt"))
+        for number, line in enumerate(transcript.read_bytes().splitlines(), 1)
+    )
+    return [_read_transcript(*line, columns) for line in lines if line[-1]]
 
 
-def _require_files(rows: list[dict], where: Path) -> None:
-    """Raises ValueError if audio files of the rows are missing."""
-    missing = [path for path in (row["audio"]["path"] for row in rows) if not Path(path).is_file()]
-    if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(f"{where}: {len(missing)} of {len(rows)} audio files are missing: {names}")
+def _read_transcript(transcript: Path, number: int, line: bytes, columns: dict) -> dict:
+    """The row of a line of a .trans.txt."""
+    name, _, said = line.partition(b" ")
+    name = name.decode(errors="replace")
+    file = str(transcript.parent / f"{name}.flac")
+
+    def build() -> dict:
+        try:
+            row = {"text": said.decode(), "speaker": transcript.parent.parent.name}
+        except UnicodeDecodeError as error:
+            raise RowError("bad_utf8", "text", f"{_bad_byte(error)}; save the line as UTF-8") from error
+        return _to_schema(row, {"bytes": None, "path": file}, columns, name, "audio")
+
+    return _noted(build, f"{transcript}, line {number}", name, file)
+
+
+def _check_file(audio: dict, field: str):
+    """Raises RowError where there is no audio file, or nothing in it."""
+    if audio["bytes"] is None:
+        file = Path(audio["path"] or "")
+        if not file.is_file():
+            raise RowError("missing_file", field, f"{audio['path']}: no such file; put it there, or delete the row")
+        size = file.stat().st_size
+    else:
+        size = len(audio["bytes"])
+    if not size:
+        raise RowError("empty_file", field, f"{audio['path'] or 'audio'}: 0 bytes; get the file again")
 
 
 def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | None, streaming: bool):
@@ -191,32 +273,40 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
         _require(f"{kind} column", columns[kind], present, dataset)
 
     def convert(row: dict, index: int) -> dict:
-        where = f"{dataset}, {split}, row {index + 1}"
-        audio = _fetch(row[columns["audio"]])
-        name = Path(audio["path"]).stem if audio["path"] else f"{split}-{index}"
-        if row.get("start_second") is not None and row.get("end_second") is not None:
-            audio, row["duration"] = _cut(audio, row["start_second"], row["end_second"], where)
-        return _to_schema(row, audio, columns, name, where)
+        given = row[columns["audio"]] or {"bytes": None, "path": None}
+        name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
+
+        def build() -> dict:
+            audio, duration = _fetch(given, columns["audio"]), row.get("duration")
+            if row.get("start_second") is not None and row.get("end_second") is not None:
+                audio, duration = _cut(audio, row["start_second"], row["end_second"], columns["audio"])
+            return _to_schema({**row, "duration": duration}, audio, columns, name, columns["audio"])
+
+        return _noted(build, f"{dataset}, {split}, row {index + 1}", row.get("id") or name, given["path"])
 
     source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
-    return source.map(convert, with_indices=True, remove_columns=present, features=SCHEMA)
+    return source.map(convert, with_indices=True, remove_columns=present, features=NOTED)
 
 
-def _fetch(audio: dict) -> dict:
+def _fetch(audio: dict, field: str) -> dict:
     """Undecoded audio, whose bytes are downloaded if it names a remote file only (streams of a Hub dataset do)."""
     if audio["bytes"] is None and "://" in (audio["path"] or ""):
-        with fsspec.open(audio["path"], "rb") as file:
-            return {"bytes": file.read(), "path": audio["path"]}
+        try:
+            with fsspec.open(audio["path"], "rb") as file:
+                return {"bytes": file.read(), "path": audio["path"]}
+        except FileNotFoundError as error:  # another one is the network's, not the row's
+            raise RowError("missing_file", field, f"{audio['path']}: no such file; delete the row") from error
     return {"bytes": audio["bytes"], "path": audio["path"]}
 
 
-def _cut(audio: dict, start: float, end: float, where: str) -> tuple[dict, float]:
+def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float]:
     """
     The audio from `start` to `end`, in seconds, and its length: SLUE-VoxCeleb's utterances are parts of recordings.
     Audio that is no longer than the utterance was cut already.
     """
     if not 0 <= start < end:
-        raise ValueError(f"{where}: start_second {start} and end_second {end}; give 0 <= start < end")
+        raise RowError("wrong_field", "start_second", f"{start}, and end_second {end}; give 0 <= start < end")
+    _check_file(audio, field)
     source = io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
     try:
         with soundfile.SoundFile(source) as file:
@@ -226,32 +316,48 @@ def _cut(audio: dict, start: float, end: float, where: str) -> tuple[dict, float
             file.seek(round(start * file.samplerate))
             samples, rate = file.read(round((end - start) * file.samplerate)), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(
-            f"{where}: {audio['path'] or 'audio'} is not readable ({error}); get the file again"
-        ) from error
+        message = f"{audio['path'] or 'audio'} is not readable ({error}); get the file again"
+        raise RowError("unreadable", field, message) from error
     cut = io.BytesIO()
     soundfile.write(cut, samples, rate, format="FLAC")
     return {"bytes": cut.getvalue(), "path": audio["path"]}, end - start
 
 
-def _to_schema(row: dict, audio: dict, columns: dict, name: str, where: str) -> dict:
-    """One row of the schema; `name` is its id if it has none, `where` is for the message if a label is wrong."""
+def _to_schema(row: dict, audio: dict, columns: dict, name: str, audio_field: str) -> dict:
+    """One row of the schema; `name` is its id if it has none. Raises RowError where it can't be one."""
     text = row.get(columns["text"])
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {columns['text']} is {text!r}; give the transcript as a string")
+        raise RowError("wrong_field", columns["text"], f"{text!r}; give the transcript as a string")
     text = lower(text) if columns["lowercase"] else text
-    duration = row.get("duration")
+    entities, sentiment = _entities(row, text, columns), _sentiment(row.get("sentiment"))
+    language, duration = row.get("language"), _duration(row.get("duration"))
+    if not isinstance(language, str | None):
+        raise RowError("wrong_field", "language", f"{language!r}; give a string such as 'en', or none")
     speaker = next((row[name] for name in SPEAKER_COLUMNS if row.get(name) not in (None, "")), None)
+    _check_file(audio, audio_field)
     return {
         "id": str(row["id"]) if row.get("id") is not None else name,
         "audio": audio,
         "text": text,
-        "entities": _entities(row, text, columns, where),
-        "sentiment": _sentiment(row.get("sentiment"), where),
-        "language": row.get("language"),
-        "duration": _seconds(audio) if duration is None else float(duration),
+        "entities": entities,
+        "sentiment": sentiment,
+        "language": language,
+        "duration": _seconds(audio) if duration is None else duration,
         "speaker": None if speaker is None else str(speaker),
     }
+
+
+def _duration(value) -> float | None:
+    """Seconds, of a number or a text that holds one."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise RowError("wrong_field", "duration", f"{value!r}; give seconds, or none")
+    return seconds
 
 
 def _seconds(audio: dict) -> float | None:
@@ -268,34 +374,44 @@ def lower(text: str) -> str:
     return "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
 
 
-def _entities(row: dict, text: str, columns: dict, where: str) -> list[list] | None:
+def _entities(row: dict, text: str, columns: dict) -> list[list] | None:
     """[[tag, start, length], ...] from the first column that has them; SLUE on the Hub has objects in their place."""
     for column in ("entities", *ENTITY_COLUMNS.get(columns["text"], {}).get(columns["entity_tags"], ())):
         found = row.get(column)
         if found is None:
             continue
-        if isinstance(found, dict):  # {"type": [...], "start": [...], "length": [...]}
-            found = zip(found["type"], found["start"], found["length"])
-        entities = [[e["type"], e["start"], e["length"]] if isinstance(e, dict) else list(e) for e in found]
+        try:
+            if isinstance(found, dict):  # {"type": [...], "start": [...], "length": [...]}
+                found = zip(found["type"], found["start"], found["length"])
+            entities = [[e["type"], e["start"], e["length"]] if isinstance(e, dict) else list(e) for e in found]
+        except (TypeError, KeyError) as error:
+            message = f"{row[column]!r}; give a list of [tag, start, length]"
+            raise RowError("wrong_entities", column, message) from error
         for entity in entities:
-            if len(entity) != 3 or not (0 <= entity[1] < entity[1] + entity[2] <= len(text)):
-                raise ValueError(
-                    f"{where}: {column} has {entity}, which is no [tag, start, length] within the "
-                    f"{len(text)} characters of {columns['text']}"
-                )
-            if entity[0] not in ALL_TAGS:
-                raise ValueError(
-                    f"{where}: {column} has the tag {entity[0]!r}; tags are {', '.join(sorted(ALL_TAGS))}"
-                )
+            _check_entity(entity, text, column, columns["text"])
         return combine(entities) if columns["entity_tags"] == "combined" else entities
     return None
 
 
-def _sentiment(value: str | None, where: str) -> str | None:
+def _check_entity(entity: list, text: str, column: str, text_column: str):
+    """Raises RowError where an entity can't be one of the text."""
+    if (
+        len(entity) != 3
+        or not all(isinstance(number, int) for number in entity[1:])
+        or not 0 <= entity[1] < entity[1] + entity[2] <= len(text)
+    ):
+        what = f"is no [tag, start, length] within the {len(text)} characters of {text_column}"
+        raise RowError("wrong_entities", column, f"{entity} {what}; mend its numbers")
+    if not isinstance(entity[0], str) or entity[0] not in ALL_TAGS:
+        tags = ", ".join(sorted(ALL_TAGS))
+        raise RowError("wrong_entities", column, f"{entity} has the tag {entity[0]!r}; tags are {tags}")
+
+
+def _sentiment(value: str | None) -> str | None:
     """One of `SENTIMENTS`, or None."""
-    name = (value or "").strip()
+    name = value.strip() if isinstance(value, str) else "" if value is None else str(value)
     if name.capitalize() in SENTIMENTS:
         return name.capitalize()
     if name.lower() in UNDECIDED:
         return None
-    raise ValueError(f"{where}: sentiment is {value!r}; give one of {', '.join(SENTIMENTS)}, or none")
+    raise RowError("wrong_sentiment", "sentiment", f"{value!r}; give one of {', '.join(SENTIMENTS)}, or none")

@@ -23,6 +23,7 @@ from .report import (
     comparison,
     confusion_table,
     headlines_of,
+    left_out_of,
     plot_comparison,
     plot_confusion,
     plot_groups,
@@ -61,6 +62,7 @@ def write_evaluation_page(
         history: of the training, as trainer_state.json holds it.
     """
     lead = f"{metrics['n_utterances']} utterances, {duration(metrics['audio_seconds'])} of speech."
+    lead = " ".join(filter(None, [lead, left_out_of(metrics)]))
     sections = [headline_section(metrics), *group_sections(metrics)]
     if "ner_per_tag" in metrics:
         sections.append(tag_section(metrics["ner_per_tag"]))

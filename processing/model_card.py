@@ -243,10 +243,11 @@ def _tags(model, processor, adapter_only: bool) -> list[str]:
 def eval_results(metrics: dict) -> list[EvalResult]:
     """
     The headline scores for the card's model-index; none where it is not known what they were measured on, of a part
-    of the split, and of a model that was quantised as it was loaded, which is not the one that is published.
+    of the split (bad rows that were left out make it one), and of a model that was quantised as it was loaded, which
+    is not the one that is published.
     """
     on = metrics.get("measured_on")
-    if on is None or on.get("max_samples") or on.get("quantize"):
+    if on is None or on.get("max_samples") or on.get("bad_rows") or on.get("quantize"):
         return []
     where = {"dataset_name": on["dataset"], "dataset_type": on["dataset"]}
     where |= {"dataset_config": on["config_name"], "dataset_split": on["split"]}
@@ -417,6 +418,7 @@ def _measured(metrics: dict) -> str:
     beams = "greedy" if on["num_beams"] == 1 else f"{on['num_beams']} beams"
     where = "" if on["on_hub"] else " (a folder, not on the Hub)"
     part = f", its first {on['max_samples']:,} rows at most" if on.get("max_samples") else ""
+    part += f", {on['bad_rows']:,} rows left out that can't be used" if on.get("bad_rows") else ""
     how = [size, beams, *(["constrained to the tasks' grammars"] if on.get("constrained") else [])]
     how += filter(None, [on.get("dtype")])
     if on.get("quantization"):

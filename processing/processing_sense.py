@@ -78,11 +78,9 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
             that cannot be audio.
     """
     source, rate, name = open_audio(audio, sampling_rate, target)
-    _check_length(len(source) if isinstance(source, np.ndarray) else source.frames, rate, name)
-    samples = source if isinstance(source, np.ndarray) else _read_file(source, name)
-    bad = samples.size - int(np.isfinite(samples).sum())
-    if bad:
-        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
+    check_length(len(source) if isinstance(source, np.ndarray) else source.frames, rate, name)
+    samples = source if isinstance(source, np.ndarray) else read_file(source, name)
+    check_finite(samples, name)
     mono = np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32)
     return resample(mono, rate, target)[: MAX_SECONDS * target]
 
@@ -144,8 +142,8 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
 
 
-def _read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
-    """All samples of a file, `(samples, channels)`."""
+def read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
+    """All samples of a file, `(samples, channels)`; ValueError where some can't be read."""
     try:
         with file:
             samples = file.read(dtype="float32", always_2d=True)
@@ -176,11 +174,19 @@ def _is_float_tensor(audio) -> bool:
     return isinstance(audio, torch.Tensor) and audio.is_floating_point()
 
 
-def _check_length(num_samples: int, rate: int, name: str) -> None:
+def check_length(num_samples: int, rate: int, name: str):
+    """Raises ValueError where a clip is longer than the model hears."""
     if num_samples > MAX_SECONDS * rate:
         raise ValueError(
             f"{name}: {num_samples / rate:.2f} s of audio, the limit is {MAX_SECONDS} s; cut it into shorter clips"
         )
+
+
+def check_finite(samples: np.ndarray, name: str):
+    """Raises ValueError where samples are NaN or infinite."""
+    bad = samples.size - int(np.isfinite(samples).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
 
 
 def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:

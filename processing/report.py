@@ -99,7 +99,9 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
         tables["sentiment: said (rows), heard (columns)"] = confusion_table(metrics["sa_confusion"])
         save_png(plot_confusion(metrics["sa_confusion"]), folder / "sentiment.png")
     tables["per cent [95 % interval, bootstrap over utterances]"] = comparison(systems_of(metrics))
-    sections = [f"## {title}\n\n{markdown_table(*found)}\n" for title, found in reversed(tables.items())]
+    left_out = left_out_of(metrics)
+    sections = [f"{left_out}\n"] if left_out else []
+    sections += [f"## {title}\n\n{markdown_table(*found)}\n" for title, found in reversed(tables.items())]
     write_text(folder / "results.md", "\n".join(sections))
     if show:
         worst = [[f"{row['wer']:.0f}", row["reference"], row["heard"]] for row in table if "wer" in row]
@@ -108,9 +110,18 @@ def write_evaluation(folder: Path, metrics: dict, table: list[dict], show: int):
         )
     for title, found in tables.items():
         print_table(title, *found)
+    if left_out:
+        print(left_out)
     for name, value in metrics.items():
         if isinstance(value, int | float):
             print(f"{name:28} {value:.2f}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def left_out_of(metrics: dict) -> str:
+    """A sentence on the rows that eval_sense.py left out, by kind; empty where there are none."""
+    counts = metrics.get("bad_rows") or {}
+    listed = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    return f"{sum(counts.values())} rows are left out of all scores: they can't be used ({listed})." if counts else ""
 
 
 def systems_of(metrics: dict) -> dict[str, dict]:

@@ -1,6 +1,8 @@
 """Corpora of every kind into one schema; what is wrong with a corpus is named."""
 
+import codecs
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import soundfile
 
 from processing import load_audio
-from processing.datasets import SCHEMA, dataset_name, load_corpus
+from processing.bad_rows import BadRows
+from processing.datasets import SCHEMA, STORED_AUDIO, dataset_name, load_corpus
 from processing.tasks import phrases
 from tests.conftest import tone, wav
 
@@ -122,8 +125,10 @@ def test_speakers(tmp_path, columns, speaker):
 def test_missing_files_are_counted(tmp_path):
     rows = [{"file_name": f"{i}.wav", "text": "x"} for i in range(5)]
     write_split(tmp_path / "c" / "train", rows, audio=False)
-    with pytest.raises(ValueError, match=r"5 of 5 audio files are missing: .*0.wav, .*1.wav, .*2.wav, \.\.\."):
+    with pytest.raises(ValueError, match=r"5 of 5 rows can't be used \(5 missing_file\)") as raised:
         load_corpus(tmp_path / "c", "train")
+    for i in range(5):
+        assert re.search(rf"line {i + 1}, file_name: .*{i}.wav: no such file; put it there", str(raised.value))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +137,11 @@ def test_missing_files_are_counted(tmp_path):
         ("", "metadata.jsonl: it is empty"),
         ('{"file_name": "a.wav", "text": "x"}\n{"file_name": ', "metadata.jsonl, line 2: not JSON"),
         ('["a.wav", "x"]', "line 1: a list; give an object"),
-        ('{"file_name": "a.wav", "text": "x"}\n{"file_name": "b.wav"}', "row 2: text is None"),
-        ('{"file_name": "a.wav", "text": 7}', "row 1: text is 7; give the transcript as a string"),
-        ('{"file_name": null, "text": "x"}', "row 1: file_name is None"),
+        ("[" * 100_000, "line 1: not JSON .*recursion"),
+        ('{"file_name": "a.wav", "text": "\\ud83d"}', r"line 1: '\\ud83d' is no letter; write the line anew"),
+        ('{"file_name": "a.wav", "text": "x"}\n{"file_name": "b.wav"}', "line 2, text: None; give the transcript"),
+        ('{"file_name": "a.wav", "text": 7}', "line 1, text: 7; give the transcript as a string"),
+        ('{"file_name": null, "text": "x"}', "line 1, file_name: None; give the path of an audio file"),
     ],
 )
 def test_bad_metadata(tmp_path, content, message):
@@ -142,6 +149,27 @@ def test_bad_metadata(tmp_path, content, message):
     (tmp_path / "train" / "metadata.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_corpus(tmp_path, "train")
+
+
+def test_a_bad_line_spoils_itself_alone(tmp_path):
+    write_split(tmp_path / "c" / "train", [ROWS[0] | {"file_name": f"{i}.wav", "id": i} for i in range(6)])
+    path = tmp_path / "c" / "train" / "metadata.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1] = lines[1].replace(b"Ann", b"\xff\xfenn")
+    lines[3] = lines[3][:-1]
+    lines[4] = b"null"
+    path.write_bytes(codecs.BOM_UTF8 + b"\r\n\n".join(lines))
+    noted = BadRows("skip")
+    loaded = load_corpus(tmp_path / "c", "train", bad_rows=noted)
+    assert loaded["id"] == ["0", "2", "5"] and loaded["text"] == ["Ann left."] * 3
+    assert loaded["where"] == [f"{path}, line {number}" for number in (1, 5, 11)]
+    found = [(row["where"], row["id"], row["file"], row["kind"]) for row in noted.found.values()]
+    assert found == [
+        (f"{path}, line 3", "1", str(path.parent / "1.wav"), "bad_utf8"),
+        (f"{path}, line 7", "", None, "bad_json"),
+        (f"{path}, line 9", "", None, "bad_json"),
+    ]
+    assert re.search(r"line 3: byte 0xff at \d+ is not UTF-8", str(noted)) and noted.looked_at == 6
 
 
 def test_entities_go_with_their_text(tmp_path):
@@ -201,8 +229,17 @@ def test_librispeech_bad_requests(librispeech):
     with pytest.raises(ValueError, match="no text column 'normalized_text'; it has 'audio', 'text'"):
         load_corpus(librispeech, "dev-clean", text_column="normalized_text")
     next(librispeech.glob("dev-clean/*/*/*0001.flac")).unlink()
-    with pytest.raises(ValueError, match="1 of 2 audio files are missing: .*84-12-0001.flac"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows .*\n.*12.trans.txt, line 2, audio: .*84-12-0001.flac: no such"):
         load_corpus(librispeech, "dev-clean")
+
+
+def test_librispeech_with_a_bad_byte(librispeech):
+    (path,) = librispeech.glob("test-clean/*/*/*.trans.txt")
+    path.write_bytes(path.read_bytes().replace(b"HE SPOKE", b"CAF\xc9", 1) + b"\n")
+    noted = BadRows("skip")
+    assert load_corpus(librispeech, "test-clean", bad_rows=noted)["id"] == ["1089-12-0001"]
+    ((where, row),) = noted.found.items()
+    assert where == f"{path}, line 1" and (row["id"], row["kind"]) == ("1089-12-0000", "bad_utf8")
 
 
 # --- whatever `datasets` loads
@@ -276,6 +313,35 @@ def test_parquet_bad_requests(hub_like, streaming):
         load_corpus(folder, "dev", streaming=streaming, **COLUMNS)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_of_parquet_are_noted_each_time(hub_like, tmp_path, streaming):
+    """The second time, `datasets` takes what it kept of the first."""
+    rows = [dict(row) for row in hub_like[1]]
+    rows += [
+        rows[0] | {"normalized_ner": [{"type": "PERSON", "start": 2, "length": 2}]},
+        rows[0] | {"sound": None},
+        rows[0] | {"sound": {"bytes": b"", "path": "two.wav"}},
+        rows[0] | {"normalized_text": None},
+        rows[0] | {"sound": {"bytes": None, "path": "memory://clips/nowhere.wav"}},
+    ]
+    features = datasets.Features({**hub_like[1].features, "sound": STORED_AUDIO})
+    source = datasets.Dataset.from_list(rows, features=features)
+    (tmp_path / "bad").mkdir()
+    source.to_parquet(tmp_path / "bad" / "test.parquet")
+    for _ in range(2):
+        noted = BadRows("skip")
+        loaded = load_corpus(tmp_path / "bad", "test", streaming=streaming, bad_rows=noted, **COLUMNS)
+        check_hub_rows([{name: row[name] for name in SCHEMA} for row in loaded])
+        found = [(where.partition("test, ")[2], row["id"], row["kind"]) for where, row in noted.found.items()]
+        assert found == [
+            ("row 3", "one", "wrong_entities"),
+            ("row 4", "test-3", "missing_file"),
+            ("row 5", "two", "empty_file"),
+            ("row 6", "one", "wrong_field"),
+            ("row 7", "nowhere", "missing_file"),
+        ]
+
+
 def test_remote_audio_is_fetched(hub_like, tmp_path):
     content = (tmp_path / "clip.wav").read_bytes()
     with fsspec.open("memory://clips/far.wav", "wb") as file:
@@ -301,6 +367,7 @@ def test_audio_is_not_decoded_by_loading(corpus):
     broken = corpus / "train" / "a.flac"
     broken.write_bytes(np.zeros(100, np.uint8).tobytes())
     row = load_corpus(corpus, "train")[0]
+    assert next(iter(load_corpus(corpus, "train", streaming=True))) == row
     with pytest.raises(ValueError, match="a.flac: not readable as audio"):
         load_audio(row["audio"])
 
@@ -380,7 +447,7 @@ def test_slue_voxceleb_is_cut_to_its_utterances_and_undecided_sentiments_are_non
 def test_slue_voxceleb_with_a_part_that_cannot_be(tmp_path):
     row = {"id": "a", "audio": {"bytes": wav(tone(1.0)), "path": None}, "normalized_text": "well"}
     row |= {"sentiment": "Neutral", "start_second": 2.0, "end_second": 1.0}
-    with pytest.raises(Exception, match="row 1: start_second 2.0 and end_second 1.0; give 0 <= start < end"):
+    with pytest.raises(Exception, match="row 1, start_second: 2.0, and end_second 1.0; give 0 <= start"):
         load_corpus(write_slue(tmp_path, "train", [row]), "train", text_column="normalized_text")
 
 
@@ -389,10 +456,19 @@ def test_slue_voxceleb_with_a_part_that_cannot_be(tmp_path):
     [
         (
             {"entities": [["LAW", 3, 9]]},
-            r"row 1: entities has \['LAW', 3, 9\], which is no .* within the 4 characters",
+            r"line 1, entities: \['LAW', 3, 9\] is no .* within the 4 characters of text",
         ),
-        ({"entities": [["NAME", 0, 4]]}, "row 1: entities has the tag 'NAME'; tags are CARDINAL, DATE"),
-        ({"sentiment": "happy"}, "row 1: sentiment is 'happy'; give one of Negative, Neutral, Positive, or none"),
+        ({"entities": [["NAME", 0, 4]]}, "line 1, entities: .* has the tag 'NAME'; tags are CARDINAL, DATE"),
+        ({"entities": [["LAW", "0", 4]]}, r"line 1, entities: \['LAW', '0', 4\] is no .tag, start, length"),
+        ({"entities": [["LAW", 0]]}, r"line 1, entities: \['LAW', 0\] is no .tag, start, length"),
+        ({"entities": [{"type": "LAW"}]}, r"line 1, entities: .*; give a list of \[tag, start, length\]"),
+        ({"entities": 7}, r"line 1, entities: 7; give a list of \[tag, start, length\]"),
+        ({"entities": [[["LAW"], 0, 4]]}, r"line 1, entities: .* has the tag \['LAW'\]"),
+        ({"sentiment": "happy"}, "line 1, sentiment: 'happy'; give one of Negative, Neutral, Positive, or none"),
+        ({"sentiment": 1}, "line 1, sentiment: 1; give one of"),
+        ({"duration": "long"}, "line 1, duration: 'long'; give seconds, or none"),
+        ({"duration": float("nan")}, "line 1, duration: nan; give seconds"),
+        ({"language": 7}, "line 1, language: 7; give a string such as 'en'"),
     ],
 )
 def test_labels_that_cannot_be(tmp_path, label, message):
