@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from modeling_sense import QUANTIZATIONS
+from modeling_sense.modeling_sense import load_safely
 from processing import report
 from processing.backbones import resolve_backbone
 from processing.bad_rows import ON_BAD_ROW, BadRows
@@ -92,7 +93,7 @@ def understand_text(
         found = []
         for name in tasks:
             prompt = processor.build_prompt(processor.prompts[name])
-            texts = [prompt.replace(AUDIO_TOKEN, row["text"]) for row in rows]
+            texts = [prompt.replace(AUDIO_TOKEN, processor.plain_text(row["text"])) for row in rows]
             inputs = processor(text=texts).to(model.device)
             limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
             constraint = processor.constrain([name] * len(rows), limits) if constrained else None
@@ -110,7 +111,8 @@ def _decode(processor, answers) -> list[str]:
 
 def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int = 8, device="cpu") -> list[str]:
     """What Whisper's own decoder hears. `source` is a Hub id or folder of a Whisper checkpoint."""
-    whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).to(device).eval()
+    whisper = load_safely(WhisperForConditionalGeneration.from_pretrained, source, dtype=torch.float32)
+    whisper = whisper.to(device).eval()
     extractor = AutoProcessor.from_pretrained(source).feature_extractor
     tokenizer = AutoTokenizer.from_pretrained(source)
     language = {"language": "en", "task": "transcribe"} if whisper.generation_config.is_multilingual else {}

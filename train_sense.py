@@ -163,6 +163,9 @@ class SenseArguments:
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
 
 
+MAPPINGS = ("tasks", "prompts", "label_noise")
+
+
 def _mapping(name: str, value: dict | str) -> dict:
     """A mapping from a recipe, or from the command line as JSON."""
     try:
@@ -339,17 +342,43 @@ def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
     if not argv or argv[0].startswith("-"):
         return parser.parse_args_into_dataclasses(argv)
     recipe = find_recipe(argv[0])
-    fields = yaml.safe_load(recipe.read_text())
-    if not isinstance(fields, dict):
-        raise ValueError(f"{recipe} must hold `field: value` lines, found {type(fields).__name__}")
-    known = {f.name for kind in (SenseArguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init}
-    for name in fields.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{recipe}: unknown field {name!r}{hint}")
+    fields = read_recipe(recipe)
     # YAML reads 1e-3 as text: argparse converts text defaults as it would command-line values.
     parser.set_defaults(**fields)
-    return parser.parse_args_into_dataclasses(argv[1:])
+    try:
+        return parser.parse_args_into_dataclasses(argv[1:])
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:  # of checks in transformers and here
+        raise ValueError(f"{recipe}: a field has a value of another kind than it takes ({error})") from error
+
+
+def read_recipe(recipe: Path) -> dict:
+    """
+    The fields of a recipe, as YAML reads them.
+
+    Raises:
+        ValueError: it is no YAML, has aliases, is no mapping, or has a field that nobody knows or whose value is a
+            list or mapping where it takes none.
+    """
+    try:
+        text = recipe.read_text(encoding="utf-8")
+        # A few lines of aliases, each of several others, stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has an alias, such as *name: write its value out")
+        fields = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{recipe}: not readable as a recipe ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{recipe} must hold `field: value` lines, found {type(fields).__name__}")
+    known = {f.name: f for kind in (SenseArguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init}
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{recipe}: unknown field {name!r}{hint}")
+        kinds = str(known[name].type)
+        if isinstance(value, dict | list) and name not in MAPPINGS and "dict" not in kinds and "list" not in kinds:
+            raise ValueError(f"{recipe}: {name} takes one value, found {value!r}")
+    return fields
 
 
 def find_recipe(name: str) -> Path:
@@ -524,7 +553,7 @@ def usual_length(durations: list[float | None]) -> float:
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
     """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
     answers = [task.target(row) or "" for row in labels]
-    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
 
 def ask_once(rows, tasks):

@@ -1,6 +1,7 @@
 """Configuration of SENSE: a Whisper encoder, a pooling adapter and a Llama-like language model."""
 
 import copy
+import re
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -9,6 +10,8 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 AUDIO_TOKEN_MODES = ("trim", "fixed")
+LORA_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+MAX_LORA_RANK = 4096
 CLASSIFIER_FIELDS = {"labels", "multi_label", "weights", "channels", "alpha"}
 # Where the Auto classes find the code that `save_pretrained` writes beside the weights (`trust_remote_code=True`).
 AUTO_MAP = {
@@ -43,7 +46,8 @@ class SenseConfig(PreTrainedConfig):
         audio_tokens (`str`, *optional*, defaults to `"trim"`):
             `"trim"` keeps the steps that hold speech (our choice), `"fixed"` all of them (the paper's).
         lora (`dict`, *optional*):
-            Arguments of `peft.LoraConfig` for the language model, or None. Set by `add_lora`.
+            Arguments of `peft.LoraConfig` for the language model, or None. Set by `add_lora`: `r`, `lora_alpha`,
+            `lora_dropout`, and `target_modules`, a regular expression.
         classifier (`dict`, *optional*):
             The regulariser of [`SenseClassifier`], or None. Set by `add_classifier`: `labels` (names), `multi_label`,
             `weights` (one a label, or None), `channels` (of its three convolutions), `alpha` (its share of the loss).
@@ -54,7 +58,8 @@ class SenseConfig(PreTrainedConfig):
 
     Raises:
         ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, `num_audio_tokens` is not within 1 and the
-            encoder's number of frames, or `classifier` lacks a field, has another one, or an alpha outside 0 to 1.
+            encoder's number of frames, `classifier` lacks a field, has another one, or an alpha outside 0 to 1, or
+            `lora` is none that `add_lora` makes.
     """
 
     model_type = "sense"
@@ -108,6 +113,8 @@ class SenseConfig(PreTrainedConfig):
             raise ValueError(f"num_audio_tokens must be within 1 and {frames}, found {self.num_audio_tokens}")
         if self.classifier is not None:
             check_classifier(self.classifier)
+        if self.lora is not None:
+            check_lora(self.lora)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As [`~PreTrainedConfig.save_pretrained`], naming what the Auto classes and `pipeline` find beside it."""
@@ -120,8 +127,31 @@ class SenseConfig(PreTrainedConfig):
 SenseConfig.register_for_auto_class()
 
 
+def check_lora(lora: dict):
+    """
+    Raises ValueError for settings that `add_lora` does not make. They may come from a stranger's file: peft matches
+    `target_modules` against every module, and what repeats within a repetition takes for ever.
+    """
+    if not isinstance(lora, dict) or not {"r"} <= lora.keys() <= LORA_FIELDS:
+        raise ValueError(f"lora must have the fields {sorted(LORA_FIELDS)}, found {lora!r}")
+    r, targets = lora["r"], lora.get("target_modules", "")
+    if type(r) is not int or not 1 <= r <= MAX_LORA_RANK:
+        raise ValueError(f"lora: r must be within 1 and {MAX_LORA_RANK}, found {r!r}")
+    for name, highest in (("lora_alpha", 1e6), ("lora_dropout", 1)):
+        value = lora.get(name, 0)
+        if type(value) not in (int, float) or not 0 <= value <= highest:
+            raise ValueError(f"lora: {name} must be within 0 and {highest:g}, found {value!r}")
+    if not isinstance(targets, str) or len(re.findall(r"[*+{]", targets)) > 3 or re.search(r"\)[*+?{]", targets):
+        raise ValueError(
+            f"lora: target_modules must be a regular expression with 3 repetitions at most and none of a group, found "
+            f"{targets!r}"
+        )
+
+
 def check_classifier(classifier: dict):
     """Raises ValueError for settings of which no [`SenseClassifier`] can be built."""
+    if not isinstance(classifier, dict):
+        raise ValueError(f"classifier must be a mapping, found {classifier!r}")
     if classifier.keys() != CLASSIFIER_FIELDS:
         raise ValueError(f"classifier must have the fields {sorted(CLASSIFIER_FIELDS)}, found {sorted(classifier)}")
     labels, weights = classifier["labels"], classifier["weights"]

@@ -42,7 +42,7 @@ from transformers.utils import (
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.quantization_config import GgufConfig
 
-from .configuration_sense import SenseConfig, check_classifier
+from .configuration_sense import SenseConfig, check_classifier, check_lora
 from .quantization_sense import (
     keep_unpacked,
     name_of,
@@ -57,6 +57,7 @@ AUDIO_TOKEN = "<|audio|>"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "sense_adapter.json"
 ADAPTER_FIELDS = ("lora", "classifier", "num_audio_tokens", "audio_tokens")  # of SenseConfig, kept with an adapter
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj)"  # matched within the language model only, never in Whisper
 AUDIO_INPUTS = ("input_features", "input_features_mask", "pooled_features", "pooled_features_mask")
 
@@ -202,12 +203,12 @@ class SensePreTrainedModel(PreTrainedModel):
         `quantization_config` holds for the linear layers of the language model, and for nothing else.
 
         Raises:
-            ValueError: the checkpoint is quantised already, in another way.
+            ValueError: the checkpoint is quantised already, in another way, or has no weights in safetensors.
         """
         asked = kwargs.get("quantization_config")
         if asked is not None:
             asked = kwargs["quantization_config"] = of_language_model(asked)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = load_safely(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = kwargs.get("revision")
         if asked is not None and model.quantization != name_of(asked):
@@ -772,8 +773,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             config_kwargs: further fields of [`SenseConfig`], such as `num_audio_tokens` and `audio_tokens`.
 
         Raises:
-            ValueError: `audio` is not a Whisper model, `text` not a decoder-only language model, or `quantize`
-                neither of the two.
+            ValueError: `audio` is not a Whisper model, `text` not a decoder-only language model, one of them has no
+                weights in safetensors or wants its own code to run, or `quantize` is neither of the two.
             OSError: there is no `gguf_file` in `text`.
             ImportError: the library that `quantize` takes is not installed.
         """
@@ -1128,12 +1129,45 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}")
     try:
-        about = json.loads(path.read_text())
-    except ValueError as error:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: a {type(about).__name__}; write it with save_adapter")
     if missing := sorted({"backbones", "fingerprint", "lora", "num_audio_tokens", "audio_tokens"} - set(about)):
         raise ValueError(f"{path}: it lacks {', '.join(missing)}; write it with save_adapter")
-    return {"classifier": None, "dtype": None, "quantization": None, **about}  # older folders do not know of these
+    about = {"classifier": None, "dtype": None, "quantization": None, **about}  # older folders do not know of these
+    _check_adapter_config(about, path)
+    return about
+
+
+def _check_adapter_config(about: dict, path: Path):
+    """Raises ValueError for settings that `save_adapter` never writes: the file may be a stranger's."""
+    names = {"fingerprint": str, "audio_tokens": str, "dtype": str | None, "quantization": str | None}
+    names |= {"num_audio_tokens": int, "backbones": dict | None}
+    for field, kind in names.items():
+        if not isinstance(about[field], kind):
+            raise ValueError(f"{path}: {field} is {about[field]!r}; write it with save_adapter")
+    if about["dtype"] not in (None, *DTYPES):
+        raise ValueError(f"{path}: dtype is {about['dtype']!r}; it is one of {', '.join(DTYPES)}")
+    for part in {"audio", "text"} & (about["backbones"] or {}).keys():
+        _check_backbone(about["backbones"][part], f"{path}: {part} backbone")
+    try:
+        for check, field in ((check_lora, "lora"), (check_classifier, "classifier")):
+            if about[field] is not None:
+                check(about[field])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_backbone(found: dict, where: str):
+    """Raises ValueError for what is no `{"id", "revision"}`, with a `gguf_file` in its folder or without."""
+    texts = [found.get(key) for key in ("id", "revision", "gguf_file")] if isinstance(found, dict) else [None]
+    if not isinstance(texts[0], str) or not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"{where} is {found!r}; write it with save_adapter")
+    file = Path(texts[2] or "")
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"{where}: gguf_file is {texts[2]!r}, which is not in the backbone's own folder")
 
 
 def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -1193,14 +1227,32 @@ def _commit_of(source: str | os.PathLike, revision: str | None) -> str | None:
     return getattr(found, "resolved", found)
 
 
+def load_safely(load, source: str | os.PathLike, *args, **kwargs):
+    """
+    What a `from_pretrained` of transformers loads, from safetensors only: pickled weights can run code.
+
+    Raises:
+        ValueError: there are no weights in safetensors.
+    """
+    try:
+        return load(source, *args, **{**kwargs, "use_safetensors": True})
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} has no weights in safetensors, and no other format is read: pickled ones, such as "
+            f"pytorch_model.bin, can run code. Save the model anew with save_pretrained ({_first_line(error)})"
+        ) from error
+
+
 def _load_encoder(audio: str | os.PathLike, revision: str | None, kwargs: dict) -> WhisperEncoder:
     """The encoder of a whole Whisper checkpoint, or of an encoder-only one; no weight may be missing."""
-    config = AutoConfig.from_pretrained(audio, revision=revision)
+    config = AutoConfig.from_pretrained(audio, revision=revision, trust_remote_code=False)
     if config.model_type != "whisper":
         raise ValueError(f"the audio encoder must be a Whisper model, found {config.model_type!r} in {str(audio)!r}")
     encoder_only = config.architectures == ["WhisperEncoder"]
     loader = WhisperEncoder if encoder_only else WhisperModel
-    model, info = loader.from_pretrained(audio, revision=revision, output_loading_info=True, **kwargs)
+    model, info = load_safely(loader.from_pretrained, audio, revision=revision, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         raise ValueError(f"{audio} lacks weights of the audio encoder: {sorted(info['missing_keys'])[:5]} ...")
     return model if encoder_only else model.encoder
@@ -1208,7 +1260,7 @@ def _load_encoder(audio: str | os.PathLike, revision: str | None, kwargs: dict) 
 
 def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: dict, gguf_file: str | None = None):
     """The causal language model with a row for the audio placeholder, and the placeholder's id."""
-    where = {"revision": revision}
+    where = {"revision": revision, "trust_remote_code": False}
     if gguf_file is not None:
         where["gguf_file"] = gguf_file
         kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
@@ -1217,7 +1269,7 @@ def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: 
         raise ValueError(
             f"the language model must be a decoder-only text model, found {config.model_type!r} in {str(text)!r}"
         )
-    lm = AutoModelForCausalLM.from_pretrained(text, **where, **kwargs)
+    lm = load_safely(AutoModelForCausalLM.from_pretrained, text, **where, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(text, **where)
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
     rows = lm.get_input_embeddings().weight.shape[0]

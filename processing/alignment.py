@@ -50,7 +50,8 @@ def word_times(
 
 def word_pieces(words: list[str], tokenizer) -> list[list[int]]:
     """The token ids of each word of a text: all but the first with the space before them."""
-    return tokenizer([words[0], *(f" {word}" for word in words[1:])], add_special_tokens=False)["input_ids"]
+    words = [words[0], *(f" {word}" for word in words[1:])]
+    return tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _similarity(tokens: torch.Tensor, audio: torch.Tensor, embeddings: torch.Tensor) -> np.ndarray:

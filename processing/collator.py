@@ -70,7 +70,9 @@ class SenseCollator:
     def _tokens(self, prompts: list[str], answers: list[str | None]) -> dict:
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        said = [ids + [tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+        # A transcript is text, whatever stands in it: only the prompt has control tokens.
+        said = tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        said = [ids + [tokenizer.eos_token_id] for ids in said]
         length = max(len(a) + len(s) for a, s in zip(asked, said))
         pads = [length - len(a) - len(s) for a, s in zip(asked, said)]
         triples = list(zip(pads, asked, said))

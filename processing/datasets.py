@@ -12,6 +12,7 @@ import fsspec
 import soundfile
 
 from .bad_rows import BadRows, RowError
+from .processing_sense import MAX_DOWNLOAD, MAX_SECONDS
 from .tasks import ALL_TAGS, SENTIMENTS, combine
 
 
@@ -38,6 +39,8 @@ ENTITY_COLUMNS = {
     "raw_text": {"combined": ("raw_combined_ner", "raw_ner"), "raw": ("raw_ner",)},
 }
 SPEAKER_COLUMNS = ("speaker", "speaker_id")  # the first that a row has
+# Protocols of audio that a row names by an address; archives are read through one of the others.
+REMOTE = {"hf", "http", "https", "memory", "bz2", "gzip", "tar", "xz", "zip", "zstd"}
 UNDECIDED = ("disagreement", "<mixed>", "")  # SLUE's annotators: such a row has no sentiment label
 
 
@@ -267,7 +270,11 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
         _require("split", split, splits, dataset)
         source = splits[split].to_iterable_dataset() if streaming else splits[split]
     else:
-        source = datasets.load_dataset(str(dataset), config_name, split=split, streaming=streaming)
+        try:
+            source = datasets.load_dataset(str(dataset), config_name, split=split, streaming=streaming)
+        except (RuntimeError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+            # `datasets` runs no script of a dataset, and finds nothing in a folder of other files.
+            raise ValueError(f"dataset {dataset}: `datasets` can't load it ({error})") from error
     present = source.column_names or list(next(iter(source)))
     for kind in ("audio", "text"):
         _require(f"{kind} column", columns[kind], present, dataset)
@@ -292,11 +299,23 @@ def _fetch(audio: dict, field: str) -> dict:
     """Undecoded audio, whose bytes are downloaded if it names a remote file only (streams of a Hub dataset do)."""
     if audio["bytes"] is None and "://" in (audio["path"] or ""):
         try:
-            with fsspec.open(audio["path"], "rb") as file:
-                return {"bytes": file.read(), "path": audio["path"]}
+            return {"bytes": _download(audio["path"], field), "path": audio["path"]}
         except FileNotFoundError as error:  # another one is the network's, not the row's
             raise RowError("missing_file", field, f"{audio['path']}: no such file; delete the row") from error
     return {"bytes": audio["bytes"], "path": audio["path"]}
+
+
+def _download(address: str, field: str) -> bytes:
+    """What is behind an address in a row. None of the protocols reads files of this machine, or runs anything."""
+    links = address.split("::")
+    protocols = {link.partition("://")[0] for link in links}
+    if foreign := sorted(protocols - REMOTE):
+        raise RowError("unreadable", field, f"{address}: {foreign[0]} is none of {', '.join(sorted(REMOTE))}")
+    with fsspec.open(address, "rb") as file:
+        content = file.read(MAX_DOWNLOAD + 1)
+    if len(content) > MAX_DOWNLOAD:
+        raise RowError("unreadable", field, f"{address}: more than {MAX_DOWNLOAD:,} bytes; cut it into clips")
+    return content
 
 
 def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float]:
@@ -306,6 +325,9 @@ def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float
     """
     if not 0 <= start < end:
         raise RowError("wrong_field", "start_second", f"{start}, and end_second {end}; give 0 <= start < end")
+    if end - start > MAX_SECONDS:  # nor is it read
+        message = f"{end - start:.2f} s, the limit is {MAX_SECONDS} s; cut it into shorter clips"
+        raise RowError("too_long", field, message)
     _check_file(audio, field)
     source = io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
     try:

@@ -67,7 +67,7 @@ def load_checkpoint(
             `SenseForConditionalGeneration.from_adapter` refuses.
     """
     where = {"revision": revision, "token": token}
-    processor = AutoProcessor.from_pretrained(folder, **where)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **where)
     if not isinstance(processor, SenseProcessor):
         raise ValueError(f"{folder} is no SENSE model: what prepares its input is a {type(processor).__name__}")
     if _is_whole(folder, **where):

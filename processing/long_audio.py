@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
-import soundfile
 import torch
 
-from .processing_sense import resample
+from .processing_sense import LOUDEST, read_block, resample
 
 
 RATE = 16000  # Hz, of everything below
@@ -148,22 +147,18 @@ def _raw_blocks(source, rate: int, name: str, seconds: float) -> Iterator[np.nda
         if isinstance(source, np.ndarray):
             block = source[position : position + size]
         else:
-            block = _read(source, size, name)
+            block = read_block(source, size, name)
         if not len(block):
             break
-        if bad := block.size - int(np.isfinite(block).sum()):
-            raise ValueError(f"{name}: {bad} samples from {position / rate:.1f} s on are NaN or infinite; repair it")
+        if bad := block.size - int((np.abs(block) <= LOUDEST).sum()):
+            raise ValueError(
+                f"{name}: {bad} samples from {position / rate:.1f} s on are NaN or infinite, or beyond {LOUDEST:.0f} "
+                "times full scale; repair it"
+            )
         yield block.mean(axis=1, dtype=np.float32)
         position += len(block)
     if position < (len(source) if isinstance(source, np.ndarray) else source.frames):
         raise ValueError(f"{name}: corrupt, it ends after {position / rate:.1f} s; get the file again")
-
-
-def _read(file: soundfile.SoundFile, size: int, name: str) -> np.ndarray:
-    try:
-        return file.read(size, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{name}: not readable as audio to its end ({error}); get the file again") from error
 
 
 def _resampled(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:

@@ -4,11 +4,14 @@ needed for resampling only.
 """
 
 import io
+import numbers
+import time
 import urllib.request
 from fractions import Fraction
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
@@ -28,6 +31,13 @@ if TYPE_CHECKING:
 AUDIO_TOKEN = "<|audio|>"
 MAX_SECONDS = 30
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, in samples
+# What a recording may ask of this machine, whatever its header says (docs/security.md).
+MAX_SAMPLE_RATE = 1_000_000  # Hz
+MAX_SAMPLES_PER_SECOND = 2_000_000  # of all channels together: 8 at 192 kHz, 40 at 48 kHz
+BLOCK_SAMPLES = 2**22  # of all channels together, that are decoded at a time: 16 MB
+LOUDEST = 2.0**31  # PCM knows nothing above; squares of squares of it still fit into float32
+MAX_DOWNLOAD = 2**30  # bytes of a recording behind an address
+MAX_DOWNLOAD_SECONDS = 600
 PROMPTS = {"asr": "Transcribe the speech."}  # of a processor that was not told any
 
 # Put before the LLM's own chat template: it turns list content into the plain strings that every template knows,
@@ -74,8 +84,8 @@ def load_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
         float32 samples of shape `(samples,)`, at least one, at the target rate.
 
     Raises:
-        ValueError: missing or unreadable file, no samples, NaN or infinite samples, more than 30 s, a rate or a type
-            that cannot be audio.
+        ValueError: missing or unreadable file, no samples, samples that are NaN, infinite or absurdly loud, more than
+            30 s, a rate or a type that cannot be audio.
     """
     source, rate, name = open_audio(audio, sampling_rate, target)
     check_length(len(source) if isinstance(source, np.ndarray) else source.frames, rate, name)
@@ -105,10 +115,17 @@ def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     else:
         source = _as_samples(audio, name)
         rate, empty = target if sampling_rate is None else sampling_rate, source.size == 0
-    if not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"{name}: sampling rate {rate}; give it in Hz, such as 16000")
+    if not isinstance(rate, numbers.Real) or not 1000 <= rate <= MAX_SAMPLE_RATE:
+        raise ValueError(f"{name}: sampling rate {rate!r}; give it in Hz, such as 16000")
+    rate = int(rate)
     if empty:
         raise ValueError(f"{name}: 0 samples; give a clip that holds speech")
+    channels = source.shape[1] if isinstance(source, np.ndarray) else source.channels
+    if channels * rate > MAX_SAMPLES_PER_SECOND:
+        raise ValueError(
+            f"{name}: {channels} channels at {rate} Hz; the limit is {MAX_SAMPLES_PER_SECOND:,} samples a second in "
+            "all: mix the channels down"
+        )
     if isinstance(source, soundfile.SoundFile) and source.frames == UNKNOWN_LENGTH:
         raise ValueError(f"{name}: its header does not tell its length, as of a piped FLAC; give a whole file, or WAV")
     return source, rate, name
@@ -128,9 +145,10 @@ def _open_dict(audio: dict, sampling_rate: int | None) -> tuple:
 def _open_file(source, name: str) -> soundfile.SoundFile:
     """A path, an address, bytes or a binary file object, opened for reading."""
     try:
-        if isinstance(source, str) and source.startswith(("http://", "https://", "file://")):
-            with urllib.request.urlopen(source, timeout=60) as response:
-                source = response.read()
+        if isinstance(source, str) and source.startswith("file://"):
+            source = Path(urllib.request.url2pathname(urlsplit(source).path))
+        elif isinstance(source, str) and source.startswith(("http://", "https://")):
+            source = _download(source)
         if isinstance(source, (str, Path)):
             source = Path(source).expanduser()
             if not source.is_file():
@@ -142,17 +160,47 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
 
 
+def _download(address: str) -> bytes:
+    """What is behind an http(s) address, within limits: a server may send for ever, or a byte a minute."""
+    content, deadline = bytearray(), time.monotonic() + MAX_DOWNLOAD_SECONDS
+    with urllib.request.urlopen(address, timeout=60) as response:
+        while part := response.read1(2**20):
+            content += part
+            if len(content) > MAX_DOWNLOAD or time.monotonic() > deadline:
+                raise OSError(f"more than {MAX_DOWNLOAD:,} bytes, or more than {MAX_DOWNLOAD_SECONDS} s to fetch it")
+    return bytes(content)
+
+
 def read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
-    """All samples of a file, `(samples, channels)`; ValueError where some can't be read."""
-    try:
-        with file:
-            samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
+    """
+    All samples of a file, its channels mixed down block by block: `(samples, 1)`, the memory of one channel.
+
+    Raises:
+        ValueError: some of them can't be read.
+    """
+    blocks = []
+    with file:
+        while len(block := read_block(file, BLOCK_SAMPLES, name)):
+            blocks.append(block.mean(axis=1, keepdims=True))
+    samples = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
     if len(samples) < file.frames:
         missing = file.frames - len(samples)
         raise ValueError(f"{name}: corrupt, {missing} of its samples are missing; get the file again")
     return samples
+
+
+def read_block(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
+    """
+    The next samples of a file, `(samples, channels)`, float32: `most` of them, or fewer where there are many channels;
+    none at its end.
+
+    Raises:
+        ValueError: they can't be read.
+    """
+    try:
+        return file.read(max(1, min(most, BLOCK_SAMPLES // file.channels)), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{name}: not readable as audio to its end ({error}); get the file again") from error
 
 
 def _as_samples(audio, name: str) -> np.ndarray:
@@ -183,10 +231,13 @@ def check_length(num_samples: int, rate: int, name: str):
 
 
 def check_finite(samples: np.ndarray, name: str):
-    """Raises ValueError where samples are NaN or infinite."""
-    bad = samples.size - int(np.isfinite(samples).sum())
+    """Raises ValueError where samples are NaN or infinite, or so loud that features of them would be."""
+    bad = samples.size - int((np.abs(samples) <= LOUDEST).sum())
     if bad:
-        raise ValueError(f"{name}: {bad} of {samples.size} samples are NaN or infinite; repair or drop the clip")
+        raise ValueError(
+            f"{name}: {bad} of {samples.size} samples are NaN or infinite, or beyond {LOUDEST:.0f} times full scale; "
+            "repair or drop the clip"
+        )
 
 
 def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:
@@ -282,7 +333,7 @@ class SenseProcessor(ProcessorMixin):
             ValueError: `audio` has no Whisper feature extractor.
         """
         try:
-            feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
+            feature_extractor = AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"audio backbone {audio}: no feature extractor; give a Whisper model ({error})"
@@ -290,7 +341,8 @@ class SenseProcessor(ProcessorMixin):
         if not isinstance(feature_extractor, WhisperFeatureExtractor):
             kind = type(feature_extractor).__name__
             raise ValueError(f"audio backbone {audio}: it has a {kind}; give a Whisper model")
-        tokenizer = AutoTokenizer.from_pretrained(text, **({"gguf_file": gguf_file} if gguf_file else {}))
+        where = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
+        tokenizer = AutoTokenizer.from_pretrained(text, **where)
         tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
         return cls(
             feature_extractor,
@@ -380,8 +432,25 @@ class SenseProcessor(ProcessorMixin):
             )
         return first + "".join(AUDIO_TOKEN * n + piece for n, piece in zip(num_tokens, rest))
 
+    def control_tokens(self, text: str) -> list[str]:
+        """What in a text the tokenizer would read as control tokens, such as `<|im_end|>` and `<|audio|>`."""
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return [token for token in special if token in text]
+
+    def plain_text(self, text: str) -> str:
+        """A text that may come from anywhere, its control tokens broken up by a space: none is left to act as one."""
+        while found := self.control_tokens(text):
+            for token in found:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
     def build_prompt(self, instruction: str) -> str:
-        """The chat prompt that puts one clip, then the instruction, to the LLM; with one `<|audio|>`, not expanded."""
+        """
+        The chat prompt that puts one clip, then the instruction, to the LLM; with one `<|audio|>`, not expanded.
+
+        Raises:
+            ValueError: control tokens in the instruction.
+        """
         content = [{"type": "audio"}, {"type": "text", "text": instruction}]
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         found = prompt.count(AUDIO_TOKEN)
@@ -468,19 +537,40 @@ class SenseProcessor(ProcessorMixin):
         `url`, `audio` or `array` (and its `sampling_rate`): anything that `load_audio` takes. In the prompt, audio
         stands before the text of its message.
 
+        Text is text: control tokens in it, which would end a turn or begin another, are an error; `plain_text` breaks
+        them up. Only a string in place of a list of content may hold `<|audio|>`, for a clip that is given apart.
+
         Returns:
             The prompt as a string, or with `tokenize=True` its `input_ids`, or with `return_dict=True` too the model
             inputs (see `__call__`).
 
         Raises:
-            ValueError: audio content without audio, and what `load_audio` refuses.
+            ValueError: audio content without audio, control tokens in text, and what `load_audio` refuses.
         """
+        self._check_conversation(conversation)
         if tokenize:
             processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
             sampling_rate = processor_kwargs.pop("sampling_rate", sampling_rate)
             kwargs["processor_kwargs"] = processor_kwargs
             conversation = self._load_conversation(conversation, sampling_rate)
         return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
+
+    def _check_conversation(self, conversation: list):
+        """Raises ValueError where text of one conversation, or of a list of them, holds control tokens."""
+        for message in conversation:
+            if not isinstance(message, dict):
+                self._check_conversation(message)
+                continue
+            content = message.get("content")
+            parts = content if isinstance(content, (list, tuple)) else []
+            texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+            if isinstance(content, str):
+                texts = [content.replace(AUDIO_TOKEN, "")]
+            for text in texts:
+                if isinstance(text, str) and (found := self.control_tokens(text)):
+                    raise ValueError(
+                        f"text {text!r}: it has {found[0]}, a control token; take it out, or use plain_text"
+                    )
 
     def _load_conversation(self, conversation: list, sampling_rate: int | None) -> list:
         """A copy of one conversation, or of a list of them, with every clip in it loaded and resampled."""

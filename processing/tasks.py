@@ -192,7 +192,8 @@ def phrases(text: str, entities: Iterable[Entity]) -> list[list[str]]:
 def write_tags(text: str, entities: Iterable[Entity]) -> str:
     """
     The text with each entity between tags, all parted by single spaces. Where entities overlap, the one that starts
-    first stays, of two that start together the longer one: an inline tag can't hold both.
+    first stays, of two that start together the longer one: an inline tag can't hold both. What stands in the text
+    itself and would be read as a tag loses its angle bracket; an entity of white space alone is left out.
 
     Raises:
         ValueError: an entity that reaches out of the text.
@@ -203,14 +204,21 @@ def write_tags(text: str, entities: Iterable[Entity]) -> str:
             raise ValueError(
                 f"entity {[tag, start, length]} reaches out of its text of {len(text)} characters: {text!r}"
             )
-        if start >= at:
-            pieces += [text[at:start], f"<{tag}>", text[start : start + length], f"</{tag}>"]
+        phrase = _without_tags(text[start : start + length])
+        if start >= at and phrase.strip():
+            pieces += [_without_tags(text[at:start]), f"<{tag}>", phrase, f"</{tag}>"]
             at = start + length
-    return " ".join(" ".join([*pieces, text[at:]]).split())
+    return " ".join(" ".join([*pieces, _without_tags(text[at:])]).split())
 
 
-TAG = re.compile(r"<\s*(/?)\s*([A-Za-z_]+)\s*>")
-BROKEN_OFF = re.compile(r"<\s*/?\s*([A-Z_]+)\s*$")  # an answer may end within a tag
+# Possessive quantifiers (++, *+) never step back: else a long run of spaces would take minutes.
+TAG = re.compile(r"<\s*+(/?+)\s*+([A-Za-z_]++)\s*+>")
+BROKEN_OFF = re.compile(r"<\s*+/?+\s*+([A-Z_]++)\s*+$")  # an answer may end within a tag
+IN_TEXT = re.compile(r"((?:<[\s/]*+)++)([A-Za-z_]++\s*+>|[A-Z_]++\s*+$)?+")  # brackets, and what makes them either
+
+
+def _without_tags(text: str) -> str:
+    return IN_TEXT.sub(lambda found: f" {found[2]}" if found[2] else found[1], text)
 
 
 def read_tags(answer: str) -> Answer:

@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
 from transformers.utils import logging
 
+from modeling_sense.modeling_sense import load_safely
+
 from .alignment import monotonic_path, standardize, word_pieces
 from .processing_sense import SenseProcessor, load_audio
 
@@ -138,9 +140,8 @@ class WordAligner:
             logger.warning(f"{source} has no decoder: the words' times are spread evenly over each clip")
             return cls(None)
         # Eager attention is the one that returns its weights.
-        whisper = WhisperForConditionalGeneration.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="eager"
-        )
+        how = {"dtype": torch.float32, "attn_implementation": "eager"}
+        whisper = load_safely(WhisperForConditionalGeneration.from_pretrained, source, **how)
         if not getattr(whisper.generation_config, "alignment_heads", None):
             logger.warning(f"{source} names no alignment heads: the words' times are spread evenly over each clip")
             return cls(None)
@@ -154,7 +155,8 @@ class WordAligner:
         words = text.split()
         if self.whisper is None or not words:
             return None
-        pieces = self.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+        spoken = [f" {word}" for word in words]
+        pieces = self.tokenizer(spoken, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         tokens = [token for piece in pieces for token in piece]
         start = self._start_tokens()
         if len(start) + len(tokens) + 1 > self.whisper.config.max_target_positions or len(tokens) > num_frames:

@@ -13,6 +13,8 @@ from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_sense.modeling_sense import load_safely
+
 from ..controls import SpacyTagger, VaderSentiment
 from .prompting import EntityAnnotation, printable
 
@@ -241,10 +243,11 @@ class LocalAnnotator(Annotator):
     """
 
     def __init__(self, source: str, batch_size: int = 8, name: str | None = None, context_tokens: int | None = None):
-        self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
+        how = {"dtype": torch.bfloat16, "trust_remote_code": False}
+        self.model = load_safely(AutoModelForCausalLM.from_pretrained, source, **how).to(device).eval()
         self.context_tokens = context_tokens or self.model.config.max_position_embeddings
         self.name, self.batch_size = name or source, batch_size
         self.waiting: list[tuple[Request, asyncio.Future]] = []
