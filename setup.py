@@ -73,6 +73,7 @@ setup(
             *DOCS,
             *QUANTIZE,
             "transformers[serving]",
+            "atheris>=3.0,<4; platform_system == 'Linux'",  # coverage-guided fuzzing of the parsers
             "build>=1.2,<2",
             "hypothesis>=6.100,<7",
             "mypy>=2.1,<3",

@@ -163,6 +163,7 @@ class SenseArguments:
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
 
 
+MAX_RECIPE = 100_000  # characters
 MAPPINGS = ("tasks", "prompts", "label_noise")
 
 
@@ -361,9 +362,7 @@ def read_recipe(recipe: Path) -> dict:
     """
     try:
         text = recipe.read_text(encoding="utf-8")
-        # A few lines of aliases, each of several others, stand for more than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it has an alias, such as *name: write its value out")
+        _check_growth(text)
         fields = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{recipe}: not readable as a recipe ({error})") from error
@@ -379,6 +378,19 @@ def read_recipe(recipe: Path) -> dict:
         if isinstance(value, dict | list) and name not in MAPPINGS and "dict" not in kinds and "list" not in kinds:
             raise ValueError(f"{recipe}: {name} takes one value, found {value!r}")
     return fields
+
+
+def _check_growth(text: str):
+    """Raises ValueError for YAML that takes more time or memory than its letters."""
+    if len(text) > MAX_RECIPE:
+        raise ValueError(f"{len(text):,} characters, the limit is {MAX_RECIPE:,}")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them, each of several others, stand for gigabytes
+            raise ValueError("it has an alias, such as *name: write its value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 20:  # with each bracket that is open, PyYAML gets slower
+            raise ValueError("lists or mappings more than 20 deep")
 
 
 def find_recipe(name: str) -> Path:
