@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -1143,8 +1144,8 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
 
 def _check_adapter_config(about: dict, path: Path):
     """Raises ValueError for settings that `save_adapter` never writes: the file may be a stranger's."""
-    names = {"fingerprint": str, "audio_tokens": str, "dtype": str | None, "quantization": str | None}
-    names |= {"num_audio_tokens": int, "backbones": dict | None}
+    names: dict[str, Any] = {"fingerprint": str, "audio_tokens": str, "num_audio_tokens": int}
+    names |= {"dtype": str | None, "quantization": str | None, "backbones": dict | None}
     for field, kind in names.items():
         if not isinstance(about[field], kind):
             raise ValueError(f"{path}: {field} is {about[field]!r}; write it with save_adapter")

@@ -4,7 +4,6 @@ needed for resampling only.
 """
 
 import io
-import numbers
 import time
 import urllib.request
 from fractions import Fraction
@@ -115,7 +114,7 @@ def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     else:
         source = _as_samples(audio, name)
         rate, empty = target if sampling_rate is None else sampling_rate, source.size == 0
-    if not isinstance(rate, numbers.Real) or not 1000 <= rate <= MAX_SAMPLE_RATE:
+    if not isinstance(rate, int | float | np.integer | np.floating) or not 1000 <= rate <= MAX_SAMPLE_RATE:
         raise ValueError(f"{name}: sampling rate {rate!r}; give it in Hz, such as 16000")
     rate = int(rate)
     if empty:
