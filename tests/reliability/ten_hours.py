@@ -50,11 +50,11 @@ def command(model: str, path: Path):
         print(f"command, {clip.name}: {said} | {time.monotonic() - begin:.0f} s, {peak:.0f} MB in all", flush=True)
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a SENSE model")
     parser.add_argument("--hours", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pipe = SpokenLanguageUnderstandingPipeline(*load_checkpoint(args.model))
     with tempfile.TemporaryDirectory() as work:
         path = silence(Path(work) / "silence.flac", args.hours * 3600)
