@@ -217,8 +217,9 @@ class LossSinceLog(TrainerCallback, ExportableState):
 
 class Shuffled(torch.utils.data.Sampler):
     """
-    Rows in the order that the dataset's generator draws. In place of torch's RandomSampler, which accelerate would
-    exchange for one that loses count of the epochs when several processes go on from a checkpoint.
+    Rows in the order that the dataset's generator draws. In place of torch's RandomSampler: accelerate exchanges it
+    for one that counts epochs itself, and then does not tell the dataset's `set_epoch` of them within an epoch that a
+    run goes on with, nor on several processes.
     """
 
     def __init__(self, dataset):
@@ -327,7 +328,6 @@ class SenseTrainer(Trainer):
             if self.state.global_step >= self.state.max_steps or self.budget is not None and not self.budget.left:
                 self.control.should_training_stop = True  # it was the last step; Trainer would take another
                 return
-        self.train_dataset.set_epoch(epoch)  # accelerate forgets to, with several processes or within an epoch
         how = {"epochs_trained": epochs_trained, "resume_from_checkpoint": resume_from_checkpoint, **kwargs}
         super()._run_epoch(epoch=epoch, **how)
 
@@ -370,20 +370,22 @@ class SenseTrainer(Trainer):
         loss = self._callback(LossSinceLog)
         loss.total = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         loss.since = self._globalstep_last_logged
-        with unfinished(output_dir, name, self._count_bytes) as self.writing:
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            written = self.writing / name
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(output_dir / name)
+        try:
+            with unfinished(output_dir, name, self._count_bytes) as self.writing:
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                written = self.writing / name
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                    if self.args.should_save:
+                        self.state.save_to_json(written / TRAINER_STATE_NAME)
+                self.accelerator.wait_for_everyone()  # each process writes its random state
                 if self.args.should_save:
-                    self.state.save_to_json(written / TRAINER_STATE_NAME)
-            self.accelerator.wait_for_everyone()  # each process writes its random state
-            if self.args.should_save:
-                seal(written)
-                publish(written, output_dir / name)
-            self.accelerator.wait_for_everyone()
-        self.writing = None
+                    seal(written)
+                    publish(written, output_dir / name)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.writing = None
         if self.args.should_save:
             best, most = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(output_dir, most, best, use_mtime=True)

@@ -44,7 +44,7 @@ TASKS = {
     "tasks": {"asr": 0.5, "ner": 1, "sa": 0.5},
     "prompts": {"asr": "Transcribe.", "ner": "Tag the entities.", "sa": "Which sentiment?"},
 }
-# Steps of logging, evaluation, checkpoints and epochs (10, 14) that do not fall together.
+# Steps of logging, evaluation, checkpoints and epochs (6, 8) that do not fall together.
 RECIPES = {
     "cached": {
         **TASKS,
@@ -56,10 +56,10 @@ RECIPES = {
         "train_sampling_strategy": "group_by_length",
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
-        "max_steps": 21,
-        "logging_steps": 2,
-        "eval_steps": 3,
-        "save_steps": 3,
+        "max_steps": 16,
+        "logging_steps": 3,
+        "eval_steps": 4,
+        "save_steps": 4,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_true_loss",
@@ -73,9 +73,9 @@ RECIPES = {
         "dataloader_num_workers": 2,
         "per_device_train_batch_size": 3,
         "num_train_epochs": 2,
-        "logging_steps": 3,
-        "eval_steps": 10,
-        "save_steps": 4,
+        "logging_steps": 2,
+        "eval_steps": 6,
+        "save_steps": 3,
     },
 }
 
@@ -89,7 +89,7 @@ class Place:
 
     def __post_init__(self):
         self.recipe = {
-            "dataset_dir": write_corpus(self.folder / "corpus", train=20, dev=3),
+            "dataset_dir": write_corpus(self.folder / "corpus", train=12, dev=3),
             "audio_backbone": save_whisper(self.folder / "whisper"),
             "text_backbone": save_llm(LlamaConfig, LlamaForCausalLM, self.folder / "llama"),
             "backbone_dtype": "float32",
@@ -146,13 +146,19 @@ def timed(function, took: list[float], at: int | None, told):
     return call
 
 
+def fork_server():
+    """A context whose processes are forked from one that has imported everything, and done nothing else."""
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.reliability.kill_and_resume", "tests.reliability.golden"])
+    return context
+
+
 class Runner:
-    """Starts trainings, each in a process forked from one that has everything imported."""
+    """Starts trainings, each in a process of its own."""
 
     def __init__(self):
-        os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.reliability.kill_and_resume"])
+        self.context = fork_server()
 
     def start(self, recipe: str, moment: str | None = None, at: int = 0):
         told, tell = self.context.Pipe(duplex=False)
