@@ -135,13 +135,14 @@ def timed(function, took: list[float], at: int | None, told):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if len(took) == at:
+        number, start = len(took), time.perf_counter()
+        took.append(0.0)
+        if number == at:
             told.send("now")
-        start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            took.append(time.perf_counter() - start)
+            took[number] = time.perf_counter() - start
 
     return call
 
