@@ -61,8 +61,8 @@ def run(folder: Path) -> dict:
     Trains in `folder`.
 
     Returns:
-        `loss` and `grad_norm` of each step, the losses of the last evaluation, and for two clips the tokens that
-        generation chooses, with the smallest lead, in logits, of a chosen token over the next best.
+        `loss` and `grad_norm` of each step, the losses of the last evaluation, and for two clips the `tokens` that
+        generation chooses with their `logits`, and the smallest `lead`, in logits, of one over the next best.
     """
     backbones = {
         "dataset_dir": write_corpus(folder / "corpus", train=10, dev=4),
@@ -75,7 +75,7 @@ def run(folder: Path) -> dict:
     recipe.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in {**RECIPE, **backbones}.items()))
     with one_thread():
         metrics = train_sense.main([str(recipe)])
-        answers, lead = answer(folder / "out")
+        answers = answer(folder / "out")
     state = json.loads((folder / "out" / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     return {
@@ -83,21 +83,21 @@ def run(folder: Path) -> dict:
         "grad_norm": [step["grad_norm"] for step in steps],
         "eval_true_loss": metrics["eval_true_loss"],
         "eval_shuffled_loss": metrics["eval_shuffled_loss"],
-        "tokens": answers,
-        "lead": lead,
+        **answers,
     }
 
 
-def answer(model: Path) -> tuple[list[list[int]], float]:
-    """Greedy tokens of two clips' transcripts, 12 each, and the smallest lead."""
+def answer(model: Path) -> dict:
+    """Of two clips' transcripts 12 greedy tokens, their logits, and the smallest lead."""
     model, processor = load_checkpoint(str(model))
     inputs = processor(
-        audio=[tone(1.0, seed=21), tone(1.5, seed=22)], text=[processor.build_prompt("Transcribe.")] * 2
+        audio=[tone(2.0, seed=23), tone(2.0, seed=26)], text=[processor.build_prompt("Transcribe.")] * 2
     )
     how = {"min_new_tokens": 12, "max_new_tokens": 12, "do_sample": False}
     found = model.generate(**inputs, **how, return_dict_in_generate=True, output_scores=True)
-    best = torch.stack(found.scores).topk(2).values
-    return found.sequences[:, -12:].tolist(), (best[..., 0] - best[..., 1]).min().item()
+    best = torch.stack(found.scores, 1).topk(2).values
+    lead = (best[..., 0] - best[..., 1]).min().item()
+    return {"tokens": found.sequences[:, -12:].tolist(), "logits": best[..., 0].flatten().tolist(), "lead": lead}
 
 
 def main():

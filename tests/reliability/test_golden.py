@@ -17,7 +17,7 @@ def test_losses_and_tokens_are_those_of_the_golden_run(found):
     expected = json.loads(golden.GOLDEN.read_text())
     assert len(expected["loss"]) == 20 and expected["lead"] > 1e-3  # else a tie might fall either way
     assert found["tokens"] == expected["tokens"]
-    for name in ("loss", "grad_norm", "eval_true_loss", "eval_shuffled_loss"):
+    for name in ("loss", "grad_norm", "eval_true_loss", "eval_shuffled_loss", "logits"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
