@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -178,14 +180,15 @@ class Runner:
         process.join()
         return took
 
-    def kill(self, recipe: str, moment: str, at: int, delay: float):
-        """Trains until `delay` seconds into the `at`-th moment of a kind, and no further."""
+    def kill(self, recipe: str, moment: str, at: int, delay: float) -> bool:
+        """Trains until `delay` seconds into the `at`-th moment of a kind; whether it was killed before its end."""
         process, told = self.start(recipe, moment, at)
         assert told.recv() == "now"
-        time.sleep(delay)
+        process.join(delay)
         process.kill()
         process.join()
-        assert process.exitcode == -9, process.exitcode
+        assert process.exitcode in (-signal.SIGKILL, 0), process.exitcode
+        return process.exitcode != 0
 
 
 def kill_once(runner: Runner, place: Place, name: str, kind: str, moment: str, took, draws: random.Random) -> str:
@@ -194,7 +197,10 @@ def kill_once(runner: Runner, place: Place, name: str, kind: str, moment: str, t
     delay = draws.uniform(0, took[moment][at])
     recipe = place.write_recipe(name, kind)
     out = Path(recipe).with_name("out")
-    runner.kill(recipe, moment, at, delay)
+    while not runner.kill(recipe, moment, at, delay):  # this time it was faster
+        delay /= 2
+        shutil.rmtree(out.parent)
+        recipe = place.write_recipe(name, kind)
     left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*checkpoint-*") if path.is_dir())
     runner.finish(recipe)
     (source,) = re.findall(r"resuming from: (?:.*/)?(\S+)", Path(recipe).with_name("log").read_text())[-1:]
