@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
 
 from eval_sense import parse_answers, shuffle_audio, understand
 from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration
@@ -35,6 +38,7 @@ from processing import SenseProcessor
 from processing.annotation.noise import RATES, add_noise, with_annotation
 from processing.backbones import resolve_backbone
 from processing.bad_rows import BadRows
+from processing.checkpoints import last_checkpoint, publish, require_whole, seal, unfinished
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus
@@ -205,6 +209,33 @@ class TimeBudget(TrainerCallback, ExportableState):
             control.should_save |= args.save_strategy == SaveStrategy.STEPS
 
 
+class LossSinceLog(TrainerCallback, ExportableState):
+    """What the next entry of the log is the mean of: sum of the losses since the step `since`. Kept in checkpoints."""
+
+    def __init__(self, total: float = 0.0, since: int = 0):
+        self.total, self.since = total, since
+
+    def state(self) -> dict:
+        return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
+
+
+class Shuffled(torch.utils.data.Sampler):
+    """
+    Rows in the order that the dataset's generator draws. In place of torch's RandomSampler: accelerate exchanges it
+    for one that counts epochs itself, and then does not tell the dataset's `set_epoch` of them within an epoch that a
+    run goes on with, nor on several processes.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self):
+        return iter(torch.randperm(len(self.dataset), generator=self.dataset.generator).tolist())
+
+
 class SenseTrainer(Trainer):
     """
     Trainer whose checkpoints hold the trained weights only, and whose evaluation adds the loss on shuffled clips
@@ -226,16 +257,21 @@ class SenseTrainer(Trainer):
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
         self.max_minutes = max_minutes
+        self.writing: Path | None = None  # where a checkpoint is being written
+        self.add_callback(LossSinceLog())
         if max_minutes is not None:
             self.add_callback(TimeBudget(max_minutes))
 
     @property
     def budget(self) -> TimeBudget | None:
         """Looked up each time: on resuming, Trainer puts a copy that knows what was spent in its place."""
-        found = next((c for c in self.callback_handler.callbacks if isinstance(c, TimeBudget)), None)
+        found = self._callback(TimeBudget)
         if found is not None:
             found.minutes = self.max_minutes  # the recipe's, not the interrupted run's
         return found
+
+    def _callback(self, kind):
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Counts the clips that the classifier learns from over all parts of a step, as Trainer does with tokens."""
@@ -279,10 +315,25 @@ class SenseTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset
+        if self.args.train_sampling_strategy == "random":
+            return Shuffled(rows)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=self.train_dataset.lengths)
+        return LengthGroupedSampler(size, lengths=rows.lengths, generator=rows.generator)
+
+    def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs):
+        """Trainer's, with what it does not bring back when a run goes on from a checkpoint."""
+        if epoch == epochs_trained and resume_from_checkpoint is not None:
+            loss = self._callback(LossSinceLog)
+            self._tr_loss += loss.total
+            self._globalstep_last_logged = loss.since
+            if self.state.global_step >= self.state.max_steps or self.budget is not None and not self.budget.left:
+                self.control.should_training_stop = True  # it was the last step; Trainer would take another
+                return
+        how = {"epochs_trained": epochs_trained, "resume_from_checkpoint": resume_from_checkpoint, **kwargs}
+        super()._run_epoch(epoch=epoch, **how)
 
     def get_eval_dataloader(self, eval_dataset=None):
         training, self.data_collator = self.data_collator, self.eval_collator
@@ -315,7 +366,49 @@ class SenseTrainer(Trainer):
         return {name: value for name, value in scores.items() if isinstance(value, float)}
 
     # A checkpoint is what was trained: megabytes, not the backbones again. Optimiser, schedule and random state are
-    # written beside it by Trainer itself.
+    # written beside it by Trainer itself. All of it goes to another folder first: one that is called a checkpoint is
+    # whole, whenever the run is killed.
+
+    def _save_checkpoint(self, model, trial):
+        output_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        loss = self._callback(LossSinceLog)
+        loss.total = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        loss.since = self._globalstep_last_logged
+        try:
+            with unfinished(output_dir, name, self._count_bytes) as self.writing:
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                written = self.writing / name
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                    if self.args.should_save:
+                        self.state.save_to_json(written / TRAINER_STATE_NAME)
+                self.accelerator.wait_for_everyone()  # each process writes its random state
+                if self.args.should_save:
+                    seal(written)
+                    publish(written, output_dir / name)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.writing = None
+        if self.args.should_save:
+            best, most = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(output_dir, most, best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+
+    def _get_output_dir(self, trial):
+        return str(self.writing or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.writing is None:  # else Trainer asks too early
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _count_bytes(self) -> int:
+        """Of the tensors in a checkpoint."""
+        states = [state.values() for state in self.optimizer.state.values()]
+        moments = [value for values in states for value in values if torch.is_tensor(value)]
+        trained = self.accelerator.unwrap_model(self.model).trained_state_dict().values()
+        return sum(tensor.nbytes for tensor in (*trained, *moments))
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:  # Trainer calls this on all processes
@@ -519,7 +612,9 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
 class Mixture(torch.utils.data.Dataset):
     """
     The questions of a training epoch, a row each with its `task`. Where a task shows some of its rows only,
-    `set_epoch`, which Trainer calls, draws others.
+    `set_epoch`, which Trainer calls, draws others. What is drawn, for a row's augmentation (`seed`) and for the order
+    of the rows (`generator`), depends on the seed, the epoch and the row alone: it is the same in a run that goes on
+    from a checkpoint, and on any number of processes and workers.
     """
 
     def __init__(self, args: SenseArguments, rows, audio_tokens: list[int], tasks, tokenizer, seed: int):
@@ -529,9 +624,12 @@ class Mixture(torch.utils.data.Dataset):
         self.audio_tokens = audio_tokens
         self.answer_tokens = {name: count_answer_tokens(self.labels, tasks[name], tokenizer) for name in args.tasks}
         self.lengths: list[int] = []
+        self.generator = torch.Generator()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
+        self.epoch = epoch
+        self.generator.manual_seed(self.seed + epoch)
         self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
         # In place: the sampler holds this list.
         self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
@@ -541,7 +639,7 @@ class Mixture(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row, task = self.pairs[index]
-        return {**self.rows[row], "task": task}
+        return {**self.rows[row], "task": task, "seed": f"{self.seed}/{self.epoch}/{index}"}
 
 
 def count_audio_tokens(rows, cache, processor) -> list[int]:
@@ -599,6 +697,29 @@ def start_adapter(args: SenseArguments, model, processor, train):
         parameter.data = broadcast(parameter.data)
 
 
+def find_checkpoint(training: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one that is named, or the last whole one in the output folder."""
+    if training.resume_from_checkpoint is None:
+        return last_checkpoint(training.output_dir)
+    require_whole(training.resume_from_checkpoint)
+    return training.resume_from_checkpoint
+
+
+def write_output(folder: Path, model, processor, metrics: dict, state, recipe: dict, train, sizes: dict[str, int]):
+    """The finished model and what is told of it. Each file is whole when it comes to `folder`, `config.json` last."""
+    tensors = model.state_dict().values()
+    with unfinished(folder, "model.safetensors", lambda: sum(tensor.nbytes for tensor in tensors)) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        state.save_to_json(temporary / TRAINER_STATE_NAME)
+        save_png(plot_training({"": state.log_history}), temporary / "training.png")
+        write_text(temporary / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        record_training(temporary, recipe, train, state, sizes)
+        write_text(temporary / CARD, str(make_card(model, processor, repo_id=folder.resolve().name, run=temporary)))
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            os.replace(path, folder / path.name)
+
+
 def main(argv: list[str] | None = None) -> dict:
     start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
@@ -607,6 +728,9 @@ def main(argv: list[str] | None = None) -> dict:
     training.remove_unused_columns = False
     training.label_names = ["labels"]
     training.restore_callback_states_from_checkpoint = True
+    if training.dataloader_persistent_workers:
+        raise ValueError("dataloader_persistent_workers: such workers go on with the first epoch's rows; leave it out")
+    checkpoint = find_checkpoint(training)
     model, processor = build_model(args)
     tasks = make_tasks(args.prompts, args.tasks)
     bad_rows = BadRows(args.on_bad_row, training.output_dir, training=True)
@@ -625,9 +749,6 @@ def main(argv: list[str] | None = None) -> dict:
     processor.chunk_length_s = usual_length(train["duration"])
     processor.entity_tags = args.entity_tags
 
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is None and Path(training.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(training.output_dir)
     if checkpoint is None:
         start_adapter(args, model, processor, train)
     encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
@@ -656,18 +777,12 @@ def main(argv: list[str] | None = None) -> dict:
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
     metrics["bad_rows"] = bad_rows.counts
-    trainer.save_state()
     if trainer.is_world_process_zero():
         model.remove_classifier()
         if encoder is not None:
             model.attach_encoder(encoder)
-        folder = Path(training.output_dir)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        save_png(plot_training({"": trainer.state.log_history}), folder / "training.png")
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        record_training(folder, {**vars(args), **training.to_dict()}, train, trainer.state, sizes)
-        write_text(folder / CARD, str(make_card(model, processor, repo_id=folder.resolve().name, run=folder)))
+        recipe = {**vars(args), **training.to_dict()}
+        write_output(Path(training.output_dir), model, processor, metrics, trainer.state, recipe, train, sizes)
     return metrics
 
 

@@ -18,16 +18,16 @@ def change_speed(waveform: np.ndarray, factor: float, sampling_rate: int = 16000
     return faster.numpy()
 
 
-def mask_time(pooled: torch.Tensor, share: float, longest: int = 4) -> torch.Tensor:
+def mask_time(pooled: torch.Tensor, share: float, draws: random.Random, longest: int = 4) -> torch.Tensor:
     """
     Hides about `share` of the steps of `pooled` (`(tokens, d_model)`) in spans of 1 to `longest` steps, replaced by
-    the clip's mean, as SpecAugment does with time steps (Park et al. 2019).
+    the clip's mean, as SpecAugment does with time steps (Park et al. 2019). `draws` says where.
     """
     pooled, mean = pooled.clone(), pooled.mean(0)
     hidden = 0
     while hidden < share * len(pooled):
-        span = random.randint(1, longest)
-        start = random.randrange(len(pooled))
+        span = draws.randint(1, longest)
+        start = draws.randrange(len(pooled))
         pooled[start : start + span] = mean
         hidden += span
     return pooled

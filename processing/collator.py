@@ -21,8 +21,9 @@ class SenseCollator:
         processor: the model's processor.
         tasks: by name, as `make_tasks` gives them. A row's `task` column says which one it is for.
         cache: pooled encoder output of the same rows (their `cache_index` column), or None: rows are then decoded
-            and their mel features computed here.
-        time_mask: share of each clip's audio tokens that training hides, in spans (needs the cache); 0 for none.
+            and their mel features computed here. Of several speeds in it, a row's `seed` column draws one.
+        time_mask: share of each clip's audio tokens that training hides, in spans that `seed` draws (needs the cache);
+            0 for none.
         classifier: the model's `config.classifier`, or None; adds `classifier_labels`.
     """
 
@@ -62,10 +63,16 @@ class SenseCollator:
         return dict(features), [self.processor.num_tokens(len(clip)) for clip in clips]
 
     def _pooled(self, rows: list[dict]) -> tuple[dict, list[int]]:
-        clips = [self.cache.get(row["cache_index"], random.randrange(self.cache.variants)) for row in rows]
-        if self.time_mask:
-            clips = [mask_time(clip, self.time_mask) for clip in clips]
+        clips = [self._augment(row) for row in rows]
         return pad(clips), [len(clip) for clip in clips]
+
+    def _augment(self, row: dict) -> torch.Tensor:
+        """One of the clip's speeds, partly hidden, as the row's seed draws: nothing else decides it."""
+        if self.cache.variants == 1 and not self.time_mask:
+            return self.cache.get(row["cache_index"])
+        draws = random.Random(row["seed"])
+        clip = self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
+        return mask_time(clip, self.time_mask, draws) if self.time_mask else clip
 
     def _tokens(self, prompts: list[str], answers: list[str | None]) -> dict:
         tokenizer = self.processor.tokenizer

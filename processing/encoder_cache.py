@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -109,7 +110,8 @@ def build_cache(
 ) -> EncoderCache:
     """
     Encodes the clips of `dataset` that `folder` does not hold yet, once per speed; several processes share them out.
-    Every shard is written as soon as it is whole: a build that was interrupted goes on when started again.
+    Every shard is written as soon as it is whole: a build that was interrupted goes on when started again. A shard
+    that can't be read is made anew.
 
     A clip is found by its own bytes, in a folder named by the encoder's weights, mel settings and pooling. So stages,
     tasks and subsets of a corpus share what is there, and a stale or a foreign entry is never read.
@@ -133,10 +135,13 @@ def build_cache(
     folder = Path(folder) / encoder_key(model, processor, storage)
     folder.mkdir(parents=True, exist_ok=True)
     keys = [[clip_key(digest, speed) for speed in speeds] for digest in hash_clips(dataset)]
+    state = PartialState()
+    if state.is_main_process:
+        clean_up(folder)
+    state.wait_for_everyone()
     held = {key for path in folder.glob("*.safetensors") for key in Shard(path).keys}
     wanted = {key: (row, speed) for row, of_clip in enumerate(keys) for key, speed in zip(of_clip, speeds)}
     missing = [(key, *place) for key, place in wanted.items() if key not in held]
-    state = PartialState()
     groups = [missing[i : i + shard_clips] for i in range(0, len(missing), shard_clips)]
     if missing and state.is_main_process:
         size = _megabytes(model, processor, dataset, missing, storage)
@@ -149,6 +154,19 @@ def build_cache(
             write_shard(folder, [key for key, _, _ in group], list(clips), storage)
     state.wait_for_everyone()
     return EncoderCache(folder, keys)
+
+
+def clean_up(folder: Path):
+    """Removes what can't be read, to be encoded again, and what builds that were killed left unfinished."""
+    for path in folder.glob("*.safetensors"):
+        try:
+            Shard(path)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            print(f"encoder cache: {path} can't be read ({error}); its clips are encoded again", flush=True)
+            path.unlink()
+    for path in folder.glob("*.tmp"):
+        if time.time() - path.stat().st_mtime > 3600:  # another run may be writing its own, for seconds
+            path.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

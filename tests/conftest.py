@@ -125,10 +125,8 @@ def save_llm(config_class, model_class, folder) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_whisper(tmp_path_factory) -> str:
-    """Folder of a random Whisper (encoder and decoder, d_model 32, 30 s) with its feature extractor."""
-    folder = tmp_path_factory.mktemp("whisper")
+def save_whisper(folder) -> str:
+    """A random Whisper (encoder and decoder, d_model 32, 30 s) with its feature extractor, saved in `folder`."""
     torch.manual_seed(0)
     config = WhisperConfig(
         vocab_size=300,
@@ -152,6 +150,12 @@ def tiny_whisper(tmp_path_factory) -> str:
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory) -> str:
+    """Folder of a random Whisper with its feature extractor."""
+    return save_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,7 @@ PROGRAMS = (
     "benchmarks.long_audio",
     "benchmarks.small_machines",
     "benchmarks.word_times",
+    "tests.reliability.kill_and_resume",
 )
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
 # Programs that are others' own: not looked at, but for the targets of make.

@@ -179,19 +179,11 @@ def test_attention_of_the_language_model_alone_can_be_chosen(recipe, tmp_path):
         assert model.model.audio_tower.config._attn_implementation == "sdpa"
 
 
-def test_checkpoints_hold_what_was_trained_only_and_resume(recipe, tmp_path):
-    def weights():
-        return train_sense.SenseForConditionalGeneration.from_pretrained(tmp_path / "out").trained_state_dict()
-
-    train_sense.main([recipe()])
-    straight = weights()
+def test_checkpoints_hold_what_was_trained_only(recipe, tmp_path):
+    train_sense.main([recipe(max_steps=2)])
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 20_000
     assert not (checkpoint / "model.safetensors").exists()
-    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "later")
-    train_sense.main([recipe()])  # finds checkpoint-2 by itself
-    for name, weight in weights().items():
-        torch.testing.assert_close(weight, straight[name])
 
 
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
@@ -540,7 +532,7 @@ def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tm
     # Started again, it finds its budget spent.
     train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
     again = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert again["global_step"] <= state["global_step"] + 1
+    assert again["global_step"] == state["global_step"]
     # With more minutes it goes on, and the rate falls from where the clock stands.
     train_sense.main([recipe(**endless), "--max_minutes", "0.04"])
     later = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

@@ -211,3 +211,22 @@ def test_the_encoder_may_be_taken_away(sense, corpus, tmp_path):
     model.attach_encoder(encoder)
     model.load_adapter(tmp_path / "adapter")
     assert answers(**request) == heard
+
+
+def test_a_shard_that_cannot_be_read_is_made_anew(sense, corpus, tmp_path, capsys):
+    """And what a build that was killed left unfinished is removed, once it is old."""
+    model, processor = sense
+    cache = build_cache(model, processor, corpus, tmp_path, shard_clips=2)
+    whole = [cache.get(row).clone() for row in range(len(corpus))]
+    first, second, _ = sorted(tmp_path.rglob("*.safetensors"))
+    content = first.read_bytes()
+    first.write_bytes(content[:-8])
+    old, new = second.with_suffix(".1.tmp"), second.with_suffix(".2.tmp")
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    encoded = count_clips(model)
+    again = build_cache(model, processor, corpus, tmp_path, shard_clips=2)
+    assert f"encoder cache: {first} can't be read (" in capsys.readouterr().out
+    assert sum(encoded) == 2 and first.read_bytes() == content and new.exists() and not old.exists()
+    assert all(torch.equal(again.get(row), clip) for row, clip in enumerate(whole))
