@@ -1,6 +1,5 @@
 """The processor: audio of every kind in, prompts expanded, saved and loaded, bad input named."""
 
-import importlib.util
 import io
 import json
 import math
@@ -489,16 +488,9 @@ def test_auto_processor_in_a_fresh_process(processor, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-def test_the_file_loads_as_custom_code(tiny_whisper, tiny_llama, tmp_path, monkeypatch):
-    """As on the Hub: the file alone beside the checkpoint, in a process that has none of this package."""
-    spec = importlib.util.spec_from_file_location(
-        "processing_sense", REPOSITORY / "processing" / "processing_sense.py"
-    )
-    alone = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "processing_sense", alone)
-    spec.loader.exec_module(alone)
-    alone.SenseProcessor.register_for_auto_class()
-    alone.SenseProcessor.from_backbones(tiny_whisper, tiny_llama).save_pretrained(tmp_path / "model")
+def test_it_loads_as_custom_code(tiny_whisper, tiny_llama, tmp_path):
+    """As on the Hub: the files beside the checkpoint, in a process that has not loaded this package."""
+    SenseProcessor.from_backbones(tiny_whisper, tiny_llama).save_pretrained(tmp_path / "model")
     script = (
         "import sys; from transformers import AutoProcessor\n"
         "p = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
