@@ -26,7 +26,15 @@ from .report import write_text
 
 ON_BAD_ROW = ("stop", "skip")
 # Of a line, of its fields, of its audio file, of what is in that.
-KINDS = ("bad_utf8", "bad_json", "wrong_field", "empty_text", "wrong_entities", "wrong_sentiment", "missing_file")
+KINDS: tuple[str, ...] = (
+    "bad_utf8",
+    "bad_json",
+    "wrong_field",
+    "empty_text",
+    "wrong_entities",
+    "wrong_sentiment",
+    "missing_file",
+)
 KINDS += ("empty_file", "unreadable", "truncated", "too_long", "not_finite", "too_short", "silent")
 # There is nothing in these to learn from. To be scored on them is fair: the right answer is to hear nothing.
 TRAINING_ONLY = ("empty_text", "too_short", "silent")
@@ -126,7 +134,7 @@ class BadRows:
                     if (found := self._judge(text, clip)) is not None:
                         bad[index] = found
                 if len(rows) >= WORTH_KEEPING:
-                    known.add([key for key, clip in heard if clip is None])
+                    known.add([key for key, clip in heard if key is not None and clip is None])
                 bar.update(len(part))
         return bad
 

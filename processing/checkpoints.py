@@ -100,7 +100,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
     steps = {path: int(number[1]) for path, number in numbers.items() if number and path.is_dir()}
     faults = []
-    for checkpoint in sorted(steps, key=steps.get, reverse=True):
+    for checkpoint in sorted(steps, key=lambda path: steps[path], reverse=True):
         fault = find_fault(checkpoint)
         if fault is None:
             return str(checkpoint)

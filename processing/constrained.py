@@ -93,10 +93,10 @@ def _byte_steps(grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
 def _token_columns(steps, pieces: list[bytes | None], eos: int, end) -> tuple[np.ndarray, np.ndarray]:
     """For each class of tokens, the state that follows each state, `(states, classes)`; and each token's class."""
     kinds, kind_of_byte = np.unique(steps, axis=1, return_inverse=True)  # bytes that are alike in every state
-    kind_of_byte = kind_of_byte.astype(np.uint8).tobytes()
-    spelt = [None if piece is None else piece.translate(kind_of_byte) for piece in pieces]
-    columns, index = [np.full(len(steps), len(steps) - 1), end], {None: 0}
-    for spelling in set(spelt) - {None}:
+    table = kind_of_byte.astype(np.uint8).tobytes()
+    spelt = [None if piece is None else piece.translate(table) for piece in pieces]
+    columns, index = [np.full(len(steps), len(steps) - 1), end], {}
+    for spelling in {piece for piece in spelt if piece is not None}:
         states = np.arange(len(steps))
         for kind in spelling:
             states = kinds[states, kind]
@@ -104,7 +104,7 @@ def _token_columns(steps, pieces: list[bytes | None], eos: int, end) -> tuple[np
             index[spelling] = len(columns)
             columns.append(states)
     classes, class_of_column = np.unique(np.stack(columns, 1), axis=1, return_inverse=True)
-    found = class_of_column[[index.get(spelling, 0) for spelling in spelt]]
+    found = class_of_column[[0 if spelling is None else index.get(spelling, 0) for spelling in spelt]]
     found[eos] = class_of_column[1]
     return classes, found
 
@@ -152,7 +152,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _read_byte_level(piece: str) -> bytes | None:
-    return bytes(map(BYTE_OF_CHAR.get, piece)) if BYTE_OF_CHAR.keys() >= set(piece) else None
+    return bytes(BYTE_OF_CHAR[char] for char in piece) if BYTE_OF_CHAR.keys() >= set(piece) else None
 
 
 def _read_sentencepiece(piece: str) -> bytes | None:
@@ -210,8 +210,8 @@ class GrammarConstraint(LogitsProcessor):
         written = input_ids[:, self.start :].cpu().numpy()
         beams = len(input_ids) // len(self.limits)
         scores, kept = scores.clone(), []
-        for prepared, rows in self.rows.items():
-            rows = (np.array(rows)[:, None] * beams + np.arange(beams)).reshape(-1)
+        for prepared, of_batch in self.rows.items():
+            rows = (np.array(of_batch)[:, None] * beams + np.arange(beams)).reshape(-1)
             left = np.maximum(self.limits[rows // beams] - written.shape[1], 1)
             states = prepared.states(self.classes[prepared][written[rows]])
             possible = prepared.needed[states] < left[:, None]

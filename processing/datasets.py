@@ -166,7 +166,7 @@ def _read_metadata(path: Path, columns: dict) -> list[dict]:
         def build() -> dict:
             if error is not None:
                 raise error
-            if file is None:
+            if not isinstance(name, str):
                 raise RowError("wrong_field", audio_column, f"{name!r}; give the path of an audio file")
             return _to_schema(line, audio, columns, Path(name).stem, audio_column)
 
@@ -236,8 +236,8 @@ def _read_librispeech(folder: Path, columns: dict) -> list[dict]:
 
 def _read_transcript(transcript: Path, number: int, line: bytes, columns: dict) -> dict:
     """The row of a line of a .trans.txt."""
-    name, _, said = line.partition(b" ")
-    name = name.decode(errors="replace")
+    clip, _, said = line.partition(b" ")
+    name = clip.decode(errors="replace")
     file = str(transcript.parent / f"{name}.flac")
 
     def build() -> dict:
