@@ -1,0 +1,285 @@
+"""
+Many clients at once, for minutes: is every answer the right one, and does every request get one?
+
+    python -m tests.reliability.load_test --seconds 300 --clients 32
+
+A tiny random model answers. Each client has a recording of its own length, which bounds the answer's length, so that
+all answers are different; what is right was heard alone before. Each answer is compared: one that is another
+recording's was mixed up. At the end the server is stopped while all clients ask. Then the same clients ask a server
+that hears in batches and one that does not, by turns; and the page, as its own code in a browser does.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_sense import SenseForConditionalGeneration
+from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
+from processing.synthesis import Espeak, speak
+from tests.conftest import save_llm, save_whisper, tone, wav
+
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {  # of questions: path and fields
+    "text": ("/v1/audio/transcriptions", {}),
+    "words": ("/v1/audio/transcriptions", {"response_format": "verbose_json", "timestamp_granularities[]": "word"}),
+    "understand": ("/v1/understand", {}),
+}
+LONG_SHARE = 0.02  # of the requests: a recording of more than a window
+
+
+@dataclass
+class Tally:
+    """What became of the requests."""
+
+    statuses: Counter = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)  # that answered requests took
+    wrong: list[str] = field(default_factory=list)
+    mixed_up: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    def report(self, seconds: float) -> dict:
+        p50, p95 = np.percentile(self.seconds or [0], [50, 95])
+        return {
+            "answered": len(self.seconds),
+            "a second": round(len(self.seconds) / seconds, 2),
+            "p50 s": round(float(p50), 2),
+            "p95 s": round(float(p95), 2),
+            "statuses": dict(self.statuses),
+            "lost": len(self.lost),
+            "mixed up": self.mixed_up,
+            "wrong": len(self.wrong),
+        }
+
+
+def make_model(folder: Path) -> str:
+    """A tiny random SENSE that takes all three tasks."""
+    whisper, llm = save_whisper(folder / "whisper"), save_llm(LlamaConfig, LlamaForCausalLM, folder / "llama")
+    torch.manual_seed(0)
+    prompts = {"asr": "Transcribe the speech.", "ner": "Transcribe and tag.", "sa": "How is it meant?"}
+    SenseForConditionalGeneration.from_backbones(whisper, llm).save_pretrained(folder / "model")
+    SenseProcessor.from_backbones(whisper, llm, prompts=prompts).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def make_clips(number: int, with_long: bool = True) -> list[bytes]:
+    """A tone for each client, each 0.15 s longer than the one before; last, if wanted, speech with pauses, 40 s."""
+    clips = [tone(0.3 + 0.15 * i, seed=i) for i in range(number)]
+    if with_long:
+        said = speak(Espeak(), "the user and the assistant speak", "en-us", random.Random(0), False, False)
+        clips.append(np.tile(np.concatenate([said, np.zeros(48000, np.float32)]), 10)[: 40 * 16000])
+    return [wav(clip) for clip in clips]
+
+
+def hear_alone(model: str, clips: list[bytes]) -> list[dict[str, dict]]:
+    """By clip and kind of question, the right answer."""
+    pipe = SpokenLanguageUnderstandingPipeline(
+        SenseForConditionalGeneration.from_pretrained(model), processor=SenseProcessor.from_pretrained(model)
+    )
+    plain = {"return_entities": False, "return_sentiment": False}
+    right = []
+    for clip in clips:
+        text, whole = pipe(clip, **plain), pipe(clip, return_timestamps="word")
+        right.append({"text": text["text"], "duration": text["duration"], "understand": whole})
+    texts = [(each["text"], each["understand"]["text"]) for each in right]
+    assert len({text for text, _ in texts}) == len({text for _, text in texts}) == len(clips), "answers that are alike"
+    return right
+
+
+def shape_of(kind: str, right: dict) -> dict:
+    """What of a clip's right answer a kind of question shows."""
+    if kind == "text":
+        return {"text": right["text"]}
+    if kind == "words":
+        return {"text": right["text"], "duration": right["duration"], "words": right["text"].split()}
+    whole = right["understand"]
+    entities = [(e["entity"], e["word"], e["start"]) for e in whole["entities"]]
+    return {
+        "text": whole["text"],
+        "duration": whole["duration"],
+        "entities": entities,
+        "mood": whole["sentiment"]["label"],
+    }
+
+
+def shape_of_answer(kind: str, answer: dict) -> dict:
+    if kind == "understand":
+        return shape_of(kind, {"understand": answer})
+    shape = {"text": answer["text"]}
+    if kind == "words":
+        shape |= {"duration": answer["duration"], "words": [word["word"] for word in answer["words"]]}
+    return shape
+
+
+@contextmanager
+def serving(model: str, *options: str):
+    """`sense serve` in a process of its own; its address and process. Stopped by SIGTERM, it must end well."""
+    port = free_port()
+    command = [sys.executable, "-m", "sense_cli", "serve", model, "--port", str(port), "--device", "cpu", *options]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/health", process)
+        yield address, process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0, process.returncode
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(address: str, process: subprocess.Popen):
+    for _ in range(1200):
+        try:
+            httpx.get(address, timeout=30).raise_for_status()
+            return
+        except httpx.TransportError:
+            assert process.poll() is None, "it ended before it served"
+            time.sleep(0.1)
+    raise TimeoutError(f"{address} does not answer")
+
+
+def metrics_of(address: str) -> dict[str, float]:
+    lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+class Clients:
+    """Threads that ask a server until they are told to stop, each about its own clip."""
+
+    def __init__(self, address: str, clips: list[bytes], right: list[dict], number: int, kinds=tuple(KINDS)):
+        self.address, self.clips, self.right, self.kinds = address, clips, right, kinds
+        self.number, self.tally, self.lock = number, Tally(), threading.Lock()
+        self.stopped = threading.Event()
+        self.threads = [threading.Thread(target=self._ask_on, args=(i,), daemon=True) for i in range(number)]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> Tally:
+        """Waits for the answers that are still to come."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(300)
+            assert not thread.is_alive(), "a request that nobody answers"
+        return self.tally
+
+    def _ask_on(self, client: int):
+        rng = random.Random(client)
+        while not self.stopped.is_set():
+            is_long = len(self.clips) > self.number and rng.random() < LONG_SHARE
+            wait = self._ask(self.number if is_long else client, rng.choice(self.kinds))
+            self.stopped.wait(wait)
+
+    def _ask(self, clip: int, kind: str) -> float:
+        """One request; the seconds to wait before the next."""
+        path, fields = KINDS[kind]
+        files, begin = {"file": (f"{clip}.wav", self.clips[clip])}, time.monotonic()
+        try:
+            answer = httpx.post(f"{self.address}{path}", files=files, data=fields, timeout=300)
+        except httpx.ConnectError:  # never taken
+            with self.lock:
+                self.tally.statuses["no server"] += 1
+            return 1.0
+        except httpx.TransportError as error:
+            with self.lock:
+                self.tally.lost.append(f"{kind} of clip {clip}: {error!r}")
+            return 0.0
+        with self.lock:
+            self.tally.statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                self.tally.seconds.append(time.monotonic() - begin)
+                self._compare(clip, kind, shape_of_answer(kind, answer.json()))
+            elif answer.status_code not in (429, 503):
+                self.tally.lost.append(f"{kind} of clip {clip}: {answer.status_code} {answer.text}")
+        return float(answer.headers.get("retry-after", 0))
+
+    def _compare(self, clip: int, kind: str, found: dict):
+        if found != shape_of(kind, self.right[clip]):
+            self.tally.wrong.append(f"{kind} of clip {clip}: {found}")
+            self.tally.mixed_up += any(found["text"] == shape_of(kind, other)["text"] for other in self.right)
+
+
+def load(model: str, clips: list[bytes], right: list[dict], seconds: float, clients: int, *options: str) -> dict:
+    """Asks a server for so long, then stops it in the midst of it."""
+    with serving(model, *options) as (address, process):
+        asking = Clients(address, clips, right, clients)
+        time.sleep(min(seconds / 5, 20))
+        before, begin = metrics_of(address), time.monotonic()
+        answered = len(asking.tally.seconds)
+        time.sleep(seconds - min(seconds / 5, 20))
+        after, lasted = metrics_of(address), time.monotonic() - begin
+        in_measure = len(asking.tally.seconds) - answered
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+        tally = asking.stop()
+    change = {name: after[name] - before.get(name, 0) for name in after}
+    batches = change["sense_batch_windows_count"]
+    return tally.report(seconds) | {
+        "a second": round(in_measure / lasted, 2),
+        "windows a batch": round(change["sense_batch_windows_sum"] / batches, 2),
+        "mean s in the queue": round(change["sense_waiting_seconds_sum"] / change["sense_waiting_seconds_count"], 2),
+        "mean s of a batch": round(change["sense_hearing_seconds_sum"] / batches, 2),
+        "MB at start and end": [round(of["process_resident_memory_bytes"] / 1e6) for of in (before, after)],
+        "exit code": code,
+        "faults": tally.lost[:5] + tally.wrong[:5],
+    }
+
+
+def compare(model: str, clips: list[bytes], right: list[dict], seconds: float, clients: int) -> dict:
+    """Answers a second with and without batches, by turns of both servers."""
+    answered = Counter()
+    with serving(model) as (batched, _), serving(model, "--max-batch", "1") as (alone, _):
+        for _ in range(3):
+            for name, address in (("batched", batched), ("alone", alone)):
+                asking = Clients(address, clips[:clients], right, clients, kinds=("text",))
+                time.sleep(seconds / 6)
+                answered[name] += len(asking.tally.seconds)
+                tally = asking.stop()
+                assert not (tally.lost or tally.wrong), (tally.lost, tally.wrong)
+    return {
+        **{name: round(2 * number / seconds, 2) for name, number in answered.items()},
+        "ratio": round(answered["batched"] / answered["alone"], 2),
+    }
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--max_queue", type=int, default=24, help="fewer than the clients: some are sent away")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        model, clips = make_model(Path(folder)), make_clips(args.clients)
+        right = hear_alone(model, clips)
+        queue = ("--max-queue", str(args.max_queue))
+        found = load(model, clips, right, args.seconds, args.clients, *queue)
+        print(json.dumps({"load": found}, indent=1), flush=True)
+        print(json.dumps({"compared": compare(model, clips, right, args.seconds / 2, args.clients)}, indent=1))
+    if found["lost"] or found["wrong"] or found["exit code"]:
+        sys.exit("an answer was lost or wrong, or the stop was no clean one")
+
+
+if __name__ == "__main__":
+    main()
