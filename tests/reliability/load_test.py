@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gradio_client
 import httpx
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
 from processing.synthesis import Espeak, speak
-from tests.conftest import save_llm, save_whisper, tone, wav
+from tests.conftest import save_llm, save_whisper, wav
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +80,11 @@ def make_model(folder: Path) -> str:
     return str(folder / "model")
 
 
-def make_clips(number: int, with_long: bool = True) -> list[bytes]:
-    """A tone for each client, each 0.15 s longer than the one before; last, if wanted, speech with pauses, 40 s."""
-    clips = [tone(0.3 + 0.15 * i, seed=i) for i in range(number)]
-    if with_long:
-        said = speak(Espeak(), "the user and the assistant speak", "en-us", random.Random(0), False, False)
-        clips.append(np.tile(np.concatenate([said, np.zeros(48000, np.float32)]), 10)[: 40 * 16000])
+def make_clips(number: int) -> list[bytes]:
+    """Speech for each client, each clip 0.15 s longer than the one before; last, 40 s with pauses."""
+    said = speak(Espeak(), "the user and the assistant speak", "en-us", random.Random(0), False, False)
+    clips = [np.tile(said, 4)[: 9600 + 2400 * i] for i in range(number)]
+    clips.append(np.tile(np.concatenate([said, np.zeros(48000, np.float32)]), 10)[: 40 * 16000])
     return [wav(clip) for clip in clips]
 
 
@@ -131,17 +131,24 @@ def shape_of_answer(kind: str, answer: dict) -> dict:
 @contextmanager
 def serving(model: str, *options: str):
     """`sense serve` in a process of its own; its address and process. Stopped by SIGTERM, it must end well."""
-    port = free_port()
-    command = [sys.executable, "-m", "sense_cli", "serve", model, "--port", str(port), "--device", "cpu", *options]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    address = f"http://127.0.0.1:{port}"
-    try:
+    with running("-m", "sense_cli", "serve", model, "--device", "cpu", *options) as (address, process):
         wait_for(f"{address}/health", process)
         yield address, process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0, process.returncode
+
+
+@contextmanager
+def running(*command: str):
+    """A Python program that serves at `--port`, its address and process; it is gone at the end."""
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, *command, "--port", str(port)], cwd=ROOT, env=environment)
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:
@@ -188,7 +195,7 @@ class Clients:
     def _ask_on(self, client: int):
         rng = random.Random(client)
         while not self.stopped.is_set():
-            is_long = len(self.clips) > self.number and rng.random() < LONG_SHARE
+            is_long = rng.random() < LONG_SHARE
             wait = self._ask(self.number if is_long else client, rng.choice(self.kinds))
             self.stopped.wait(wait)
 
@@ -253,7 +260,7 @@ def compare(model: str, clips: list[bytes], right: list[dict], seconds: float, c
     with serving(model) as (batched, _), serving(model, "--max-batch", "1") as (alone, _):
         for _ in range(3):
             for name, address in (("batched", batched), ("alone", alone)):
-                asking = Clients(address, clips[:clients], right, clients, kinds=("text",))
+                asking = Clients(address, clips, right, clients, kinds=("text",))
                 time.sleep(seconds / 6)
                 answered[name] += len(asking.tally.seconds)
                 tally = asking.stop()
@@ -262,6 +269,48 @@ def compare(model: str, clips: list[bytes], right: list[dict], seconds: float, c
         **{name: round(2 * number / seconds, 2) for name, number in answered.items()},
         "ratio": round(answered["batched"] / answered["alone"], 2),
     }
+
+
+class Visitors(Clients):
+    """Visitors of the page, each of whom presses its button again and again."""
+
+    def _ask_on(self, client: int):
+        visitor = gradio_client.Client(self.address, verbose=False)
+        button = next(i for i, endpoint in visitor.endpoints.items() if endpoint.api_name == "/run")
+        visitor.endpoints[button].is_valid = True  # the page is for browsers: it offers this to no program
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            file.write(self.clips[client])
+            file.flush()
+            while not self.stopped.is_set():
+                self._press(visitor, button, client, gradio_client.handle_file(file.name))
+
+    def _press(self, visitor: gradio_client.Client, button: int, clip: int, file):
+        begin = time.monotonic()
+        try:
+            line, tokens, _, _ = visitor.submit(file, fn_index=button).result(timeout=300)
+        except gradio_client.exceptions.AppError as error:
+            with self.lock:
+                self.tally.statuses[str(error)[:40]] += 1
+            if "queue" not in str(error).lower():
+                self.tally.lost.append(f"clip {clip}: {error!r}")
+            self.stopped.wait(1.0)
+            return
+        with self.lock:
+            self.tally.statuses["answered"] += 1
+            self.tally.seconds.append(time.monotonic() - begin)
+            found = "".join(token["token"] for token in tokens).strip()
+            if "understood" not in line or found != self.right[clip]["understand"]["text"].strip():
+                self.tally.wrong.append(f"clip {clip}: {line} {found!r}")
+                self.tally.mixed_up += any(found == other["understand"]["text"].strip() for other in self.right)
+
+
+def load_page(model: str, clips: list[bytes], right: list[dict], seconds: float, visitors: int) -> dict:
+    """Asks the page for so long."""
+    with running("app.py", model) as (address, process):
+        wait_for(address, process)
+        asking = Visitors(address, clips, right, visitors)
+        time.sleep(seconds)
+        return asking.stop().report(seconds) | {"faults": asking.tally.lost[:5] + asking.tally.wrong[:5]}
 
 
 def main(argv: list[str] | None = None):
@@ -276,8 +325,11 @@ def main(argv: list[str] | None = None):
         queue = ("--max-queue", str(args.max_queue))
         found = load(model, clips, right, args.seconds, args.clients, *queue)
         print(json.dumps({"load": found}, indent=1), flush=True)
-        print(json.dumps({"compared": compare(model, clips, right, args.seconds / 2, args.clients)}, indent=1))
-    if found["lost"] or found["wrong"] or found["exit code"]:
+        compared = compare(model, clips, right, args.seconds / 2, args.clients)
+        print(json.dumps({"compared": compared}, indent=1), flush=True)
+        page = load_page(model, clips, right, args.seconds / 2, args.clients)
+        print(json.dumps({"page": page}, indent=1))
+    if found["lost"] or found["wrong"] or found["exit code"] or page["lost"] or page["wrong"]:
         sys.exit("an answer was lost or wrong, or the stop was no clean one")
 
 
