@@ -233,8 +233,8 @@ class Service:
 
 
 def _is_key(header: str, key: str) -> bool:
-    kind, _, given = header.partition(" ")
-    return kind.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())
+    kind, _, given = header.partition(" ")  # a header's bytes come as Latin-1, whatever they are
+    return kind.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())
 
 
 class Gate:
