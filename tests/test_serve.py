@@ -364,14 +364,10 @@ def wait_until(holds):
 def test_32_clients_of_the_command_and_a_stop_in_the_midst(saved, monkeypatch):
     """The load test in short."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TINY_KEY", "open")
-    clips = make_clips(32)
-    with (
-        ThreadPoolExecutor(1) as pool,
-        serving(saved, "--max-queue", "24", "--max-wait-ms", "5") as (address, process),
-    ):
-        right = pool.submit(hear_alone, saved, clips).result()
-        asking = Clients(address, clips, right, 32)
+    clips, kinds = make_clips(32), ("text", "words")
+    right = hear_alone(saved, clips, kinds)
+    with serving(saved, "--max-queue", "24") as (address, process):
+        asking = Clients(address, clips, right, 32, kinds)
         time.sleep(10)
         told = metrics_of(address)
         process.send_signal(signal.SIGTERM)

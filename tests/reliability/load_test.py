@@ -88,18 +88,17 @@ def make_clips(number: int) -> list[bytes]:
     return [wav(clip) for clip in clips]
 
 
-def hear_alone(model: str, clips: list[bytes]) -> list[dict[str, dict]]:
-    """By clip and kind of question, the right answer."""
+def hear_alone(model: str, clips: list[bytes], kinds=tuple(KINDS)) -> list[dict]:
+    """By clip, the right answers to these kinds of questions."""
     pipe = SpokenLanguageUnderstandingPipeline(
         SenseForConditionalGeneration.from_pretrained(model), processor=SenseProcessor.from_pretrained(model)
     )
-    plain = {"return_entities": False, "return_sentiment": False}
-    right = []
-    for clip in clips:
-        text, whole = pipe(clip, **plain), pipe(clip, return_timestamps="word")
-        right.append({"text": text["text"], "duration": text["duration"], "understand": whole})
-    texts = [(each["text"], each["understand"]["text"]) for each in right]
-    assert len({text for text, _ in texts}) == len({text for _, text in texts}) == len(clips), "answers that are alike"
+    right = [pipe(clip, return_entities=False, return_sentiment=False) for clip in clips]
+    assert len({answer["text"] for answer in right}) == len(clips), "answers that are alike"
+    if "understand" in kinds:
+        for clip, answer in zip(clips, right):
+            answer["understand"] = pipe(clip, return_timestamps="word")
+        assert len({answer["understand"]["text"] for answer in right}) == len(clips), "answers that are alike"
     return right
 
 
@@ -225,7 +224,8 @@ class Clients:
     def _compare(self, clip: int, kind: str, found: dict):
         if found != shape_of(kind, self.right[clip]):
             self.tally.wrong.append(f"{kind} of clip {clip}: {found}")
-            self.tally.mixed_up += any(found["text"] == shape_of(kind, other)["text"] for other in self.right)
+            others = [shape_of(kind, other)["text"] for i, other in enumerate(self.right) if i != clip]
+            self.tally.mixed_up += found["text"] in others
 
 
 def load(model: str, clips: list[bytes], right: list[dict], seconds: float, clients: int, *options: str) -> dict:
@@ -301,7 +301,8 @@ class Visitors(Clients):
             found = "".join(token["token"] for token in tokens).strip()
             if "understood" not in line or found != self.right[clip]["understand"]["text"].strip():
                 self.tally.wrong.append(f"clip {clip}: {line} {found!r}")
-                self.tally.mixed_up += any(found == other["understand"]["text"].strip() for other in self.right)
+                others = [each["understand"]["text"].strip() for i, each in enumerate(self.right) if i != clip]
+                self.tally.mixed_up += found in others
 
 
 def load_page(model: str, clips: list[bytes], right: list[dict], seconds: float, visitors: int) -> dict:
