@@ -81,9 +81,9 @@ def make_model(folder: Path) -> str:
 
 
 def make_clips(number: int) -> list[bytes]:
-    """Speech for each client, each clip 0.15 s longer than the one before; last, 40 s with pauses."""
+    """Speech for each client, each clip 0.24 s longer than the one before; last, 40 s with pauses."""
     said = speak(Espeak(), "the user and the assistant speak", "en-us", random.Random(0), False, False)
-    clips = [np.tile(said, 4)[: 9600 + 2400 * i] for i in range(number)]
+    clips = [np.tile(said, 6)[: 9600 + 3840 * i] for i in range(number)]
     clips.append(np.tile(np.concatenate([said, np.zeros(48000, np.float32)]), 10)[: 40 * 16000])
     return [wav(clip) for clip in clips]
 
@@ -326,9 +326,9 @@ def main(argv: list[str] | None = None):
         queue = ("--max-queue", str(args.max_queue))
         found = load(model, clips, right, args.seconds, args.clients, *queue)
         print(json.dumps({"load": found}, indent=1), flush=True)
-        compared = compare(model, clips, right, args.seconds / 2, args.clients)
+        compared = compare(model, clips, right, args.seconds / 3, args.clients)
         print(json.dumps({"compared": compared}, indent=1), flush=True)
-        page = load_page(model, clips, right, args.seconds / 2, args.clients)
+        page = load_page(model, clips, right, args.seconds / 3, args.clients)
         print(json.dumps({"page": page}, indent=1))
     if found["lost"] or found["wrong"] or found["exit code"] or page["lost"] or page["wrong"]:
         sys.exit("an answer was lost or wrong, or the stop was no clean one")
