@@ -233,11 +233,13 @@ def load(model: str, clips: list[bytes], right: list[dict], seconds: float, clie
     with serving(model, *options) as (address, process):
         asking = Clients(address, clips, right, clients)
         time.sleep(min(seconds / 5, 20))
-        before, begin = metrics_of(address), time.monotonic()
+        before, begin, memory = metrics_of(address), time.monotonic(), []
         answered = len(asking.tally.seconds)
-        time.sleep(seconds - min(seconds / 5, 20))
-        after, lasted = metrics_of(address), time.monotonic() - begin
-        in_measure = len(asking.tally.seconds) - answered
+        for _ in range(6):
+            time.sleep((seconds - min(seconds / 5, 20)) / 6)
+            after = metrics_of(address)
+            memory.append(round(after["process_resident_memory_bytes"] / 1e6))
+        lasted, in_measure = time.monotonic() - begin, len(asking.tally.seconds) - answered
         process.send_signal(signal.SIGTERM)
         code = process.wait(120)
         tally = asking.stop()
@@ -248,7 +250,8 @@ def load(model: str, clips: list[bytes], right: list[dict], seconds: float, clie
         "windows a batch": round(change["sense_batch_windows_sum"] / batches, 2),
         "mean s in the queue": round(change["sense_waiting_seconds_sum"] / change["sense_waiting_seconds_count"], 2),
         "mean s of a batch": round(change["sense_hearing_seconds_sum"] / batches, 2),
-        "MB at start and end": [round(of["process_resident_memory_bytes"] / 1e6) for of in (before, after)],
+        "MB at start": round(before["process_resident_memory_bytes"] / 1e6),
+        "MB in six parts": memory,
         "exit code": code,
         "faults": tally.lost[:5] + tally.wrong[:5],
     }
