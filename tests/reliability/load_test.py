@@ -29,6 +29,8 @@ import gradio_client
 import httpx
 import numpy as np
 import torch
+from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_sense import SenseForConditionalGeneration
@@ -288,16 +290,23 @@ class Visitors(Clients):
                 self._press(visitor, button, client, gradio_client.handle_file(file.name))
 
     def _press(self, visitor: gradio_client.Client, button: int, clip: int, file):
-        begin = time.monotonic()
+        begin, shown = time.monotonic(), [None] * 4
         try:
-            line, tokens, _, _ = visitor.submit(file, fn_index=button).result(timeout=300)
-        except gradio_client.exceptions.AppError as error:
+            job = visitor.submit(file, fn_index=button)
+            job.result(timeout=300)
+        except QueueError:
             with self.lock:
-                self.tally.statuses[str(error)[:40]] += 1
-            if "queue" not in str(error).lower():
-                self.tally.lost.append(f"clip {clip}: {error!r}")
+                self.tally.statuses["queue is full"] += 1
             self.stopped.wait(1.0)
             return
+        except AppError as error:
+            with self.lock:
+                self.tally.lost.append(f"clip {clip}: {error!r}")
+            return
+        for update in job.outputs():  # what an update leaves out stays as it was
+            is_left = [isinstance(new, dict) and new.get("__type__") == "update" for new in update]
+            shown = [old if left else new for old, new, left in zip(shown, update, is_left)]
+        line, tokens, _, _ = shown
         with self.lock:
             self.tally.statuses["answered"] += 1
             self.tally.seconds.append(time.monotonic() - begin)
@@ -322,19 +331,22 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max_queue", type=int, default=24, help="fewer than the clients: some are sent away")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("load", "compared", "page"), default=["load", "compared", "page"]
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         model, clips = make_model(Path(folder)), make_clips(args.clients)
-        right = hear_alone(model, clips)
-        queue = ("--max-queue", str(args.max_queue))
-        found = load(model, clips, right, args.seconds, args.clients, *queue)
-        print(json.dumps({"load": found}, indent=1), flush=True)
-        compared = compare(model, clips, right, args.seconds / 3, args.clients)
-        print(json.dumps({"compared": compared}, indent=1), flush=True)
-        page = load_page(model, clips, right, args.seconds / 3, args.clients)
-        print(json.dumps({"page": page}, indent=1))
-    if found["lost"] or found["wrong"] or found["exit code"] or page["lost"] or page["wrong"]:
-        sys.exit("an answer was lost or wrong, or the stop was no clean one")
+        setting = (model, clips, hear_alone(model, clips))
+        for part in args.parts:
+            if part == "load":
+                queue = ("--max-queue", str(args.max_queue))
+                found = load(*setting, args.seconds, args.clients, *queue)
+            else:
+                found = (compare if part == "compared" else load_page)(*setting, args.seconds / 3, args.clients)
+            print(json.dumps({part: found}, indent=1), flush=True)
+            if found.get("lost") or found.get("wrong") or found.get("exit code"):
+                sys.exit("an answer was lost or wrong, or the stop was no clean one")
 
 
 if __name__ == "__main__":
