@@ -177,6 +177,53 @@ def app(context: typer.Context):
 
 
 @cli.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", envvar="SENSE_MODEL", callback=_name_model, help="Folder or Hub id of a SENSE model."
+        ),
+    ] = "",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets others on the network in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[str, typer.Option(help="Of the model, as clients name it. By default the end of its path.")] = "",
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="What it was trained to hear: the one that requests may name.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Windows, of at most 30 s, heard at a time.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="That the first of a batch waits for others.")] = 10,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests taken and not yet answered; others get 429.")] = 64,
+    max_upload_mb: Annotated[float, typer.Option(min=0, help="Of a request; larger ones get 413.")] = 500,
+    max_minutes: Annotated[float, typer.Option(min=0, help="Of a recording; longer ones get 413.")] = 180,
+    api_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable with the key that requests must give.")
+    ] = "",
+    device: Device = "",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+):
+    """
+    Answer many clients at once over HTTP, in the manner of OpenAI's API for speech.
+
+    SIGTERM and Ctrl-C end it once those who were accepted are answered.
+    """
+    api_key = os.environ.get(api_key_env) if api_key_env else None
+    if api_key_env and not api_key:
+        raise typer.BadParameter(f"the environment variable {api_key_env} is not set", param_hint="--api-key-env")
+    try:
+        from serve import Server, Service
+    except ModuleNotFoundError as error:
+        _fail(f"the server needs {error.name}: pip install 'sense-asr[serve]'")
+    pipe = _load(model, device, dtype, quantize, {"asr", "ner", "sa"})
+    limits = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
+    limits |= {"max_upload": int(max_upload_mb * 1e6), "max_seconds": 60 * max_minutes}
+    name = name or "/".join(Path(model).parts[-2:])
+    Server(Service(pipe, name, language=language, api_key=api_key, **limits), host=host, port=port).run()
+
+
+@cli.command()
 def export(
     model: Annotated[str, typer.Argument(help="Output folder of a training, or a checkpoint in it.")],
     output_dir: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="New folder to write to.")] = None,

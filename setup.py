@@ -7,6 +7,12 @@ from setuptools import find_packages, setup
 
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]  # the language model in 8 or 4 bits
 APP = ["gradio>=6.31,<7"]  # the page
+SERVE = [  # `sense serve`
+    "fastapi>=0.115,<1",
+    "uvicorn>=0.34,<1",
+    "python-multipart>=0.0.18,<0.1",
+    "prometheus-client>=0.21,<1",
+]
 CONTROLS = ["spacy>=3.8.7,<3.9", "vaderSentiment>=3.3.2,<4"]  # what eval_sense.py --controls compares with
 DOCS = [  # `make docs`, and the notebook that the tests run
     "mkdocs-material>=9.6,<10",
@@ -31,7 +37,7 @@ setup(
         "processing.metrics": ["*/README.md", "*/requirements.txt"],
         "": ["*.yaml"],
     },
-    py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "train_sense"],
+    py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "serve", "train_sense"],
     entry_points={"console_scripts": ["sense=sense_cli:cli"]},
     install_requires=[
         # torch and torchaudio must be of matching CUDA builds, on machines without a GPU too: torchaudio 2.11 loads
@@ -67,16 +73,20 @@ setup(
         "controls": CONTROLS,
         "docs": DOCS,
         "quantize": QUANTIZE,
+        "serve": SERVE,
         "dev": [
             *APP,
             *CONTROLS,
             *DOCS,
             *QUANTIZE,
+            *SERVE,
             "transformers[serving]",
             "atheris>=3.0,<4; platform_system == 'Linux'",  # coverage-guided fuzzing of the parsers
             "build>=1.2,<2",
+            "httpx>=0.28,<1",
             "hypothesis>=6.100,<7",
             "mypy>=2.1,<3",
+            "openai>=2,<4",  # the client that the server answers
             "pip-audit>=2.9,<3",
             "playwright>=1.50,<2",
             "pocketsphinx>=5.0,<6",  # the forced alignment that word times are compared with

@@ -28,7 +28,9 @@ from transformers import (
 
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
+from processing.collator import SenseCollator
 from processing.datasets import SCHEMA, STORED_AUDIO
+from processing.tasks import make_tasks
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -150,6 +152,42 @@ def save_whisper(folder) -> str:
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
     return str(folder)
+
+
+def learn_by_heart(whisper: str, llm: str, clips: list[dict], folder) -> str:
+    """
+    A tiny SENSE that has learnt its answers about a few clips by heart, saved in `folder`.
+
+    Args:
+        clips: `audio`, `text`, `entities` and `sentiment` of each.
+    """
+    torch.manual_seed(0)
+    prompts = {"asr": "words?", "ner": "names?", "sa": "mood?"}
+    model = SenseForConditionalGeneration.from_backbones(whisper, llm).float()
+    processor = SenseProcessor.from_backbones(whisper, llm, prompts=prompts)
+    batch = SenseCollator(processor, make_tasks(prompts))(
+        [clip | {"task": task} for clip in clips for task in prompts]
+    )
+    pooled = model.model.get_pooled_features(batch.pop("input_features"), batch.pop("input_features_mask"))
+    batch |= {"pooled_features": pooled[0].detach(), "pooled_features_mask": pooled[1]}
+    parameters = [p.requires_grad_() for name, p in model.named_parameters() if "audio_tower" not in name]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    for _ in range(300):
+        loss = model(**batch).loss
+        if loss < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.02
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory) -> str:
+    return save_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="session")

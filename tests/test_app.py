@@ -14,17 +14,13 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import torch
 import yaml
 
 import app
-from modeling_sense import SenseForConditionalGeneration
-from processing import SenseProcessor
-from processing.collator import SenseCollator
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.synthesis import Espeak, speak
-from processing.tasks import make_tasks
 from scripts.make_space import make_space
+from tests.conftest import learn_by_heart
 
 
 TEXT, ENTITY = "the user speaks", ["PERSON", 0, 8]
@@ -42,28 +38,8 @@ def clip(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_whisper, tiny_llama, clip, tmp_path_factory) -> str:
     """Folder of a tiny SENSE that has learnt that one sentence by heart: its words, its entity, its sentiment."""
-    torch.manual_seed(0)
-    prompts = {"asr": "words?", "ner": "names?", "sa": "mood?"}
-    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama).float()
-    processor = SenseProcessor.from_backbones(tiny_whisper, tiny_llama, prompts=prompts)
-    row = {"audio": clip, "text": TEXT, "entities": [ENTITY], "sentiment": "Positive"}
-    batch = SenseCollator(processor, make_tasks(prompts))([row | {"task": task} for task in prompts])
-    pooled = model.model.get_pooled_features(batch.pop("input_features"), batch.pop("input_features_mask"))
-    batch |= {"pooled_features": pooled[0].detach(), "pooled_features_mask": pooled[1]}
-    parameters = [p.requires_grad_() for name, p in model.named_parameters() if "audio_tower" not in name]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    for _ in range(300):
-        loss = model(**batch).loss
-        if loss < 0.02:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.02
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    learnt = {"audio": clip, "text": TEXT, "entities": [ENTITY], "sentiment": "Positive"}
+    return learn_by_heart(tiny_whisper, tiny_llama, [learnt], tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -136,10 +136,11 @@ PROGRAMS = (
     "benchmarks.small_machines",
     "benchmarks.word_times",
     "tests.reliability.kill_and_resume",
+    "tests.reliability.load_test",
 )
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
 # Programs that are others' own: not looked at, but for the targets of make.
-FOREIGN = ("cat", "hf", "make", "pip")
+FOREIGN = ("cat", "curl", "hf", "make", "pip")
 LAUNCHERS = ("num_processes", "nproc_per_node", "module")  # their options that we speak of
 RUNNERS = ("python", "accelerate", "torchrun", "sense")
 SPY = "\n".join(

@@ -1,0 +1,90 @@
+"""What waits is heard together, and each caller gets its own answer."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from processing.batching import Batcher
+
+
+@pytest.fixture
+def batches():
+    return []
+
+
+@pytest.fixture
+def make(batches):
+    """Makes batchers that give each window back, with its options; they note the batches."""
+    made = []
+
+    def make(**how) -> Batcher:
+        def hear(windows, options):
+            batches.append((windows, options))
+            time.sleep(0.002)
+            return [(window["number"], options) for window in windows]
+
+        made.append(Batcher(how.pop("hear", hear), **how))
+        return made[-1]
+
+    yield make
+    for batcher in made:
+        batcher.close()
+
+
+def test_each_caller_gets_its_own_answer(make, batches):
+    batcher = make(max_batch=5, max_wait=0.001)
+
+    def call(number):
+        return batcher.submit({"number": number}, beams=number % 3).result(60)
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(call, range(1000)))
+    assert answers == [(number, {"beams": number % 3}) for number in range(1000)]
+    assert all(len({window["number"] % 3 for window in windows}) == 1 for windows, _ in batches)
+    sizes = [len(windows) for windows, _ in batches]
+    assert max(sizes) == 5 and sum(sizes) == 1000 and sum(sizes) / len(sizes) > 2
+
+
+def test_the_first_waits_for_others_and_a_full_batch_for_nobody(make, batches):
+    batcher, begin = make(max_batch=2, max_wait=0.3), time.monotonic()
+    batcher.submit({"number": 0}).result(60)
+    assert 0.3 <= time.monotonic() - begin
+    slow = make(max_batch=2, max_wait=30)
+    both = [slow.submit({"number": number}) for number in (1, 2)]
+    assert [each.result(10)[0] for each in both] == [1, 2]
+    assert [len(windows) for windows, _ in batches] == [1, 2]
+
+
+def test_what_fails_fails_alone_and_what_was_cancelled_is_not_heard(make):
+    begun, free, seen = threading.Event(), threading.Event(), []
+
+    def hear(windows, options):
+        begun.set()
+        assert free.wait(60)
+        seen.append([window["number"] for window in windows])
+        return [1 / window["number"] for window in windows]
+
+    told = []
+    batcher = make(hear=hear, on_batch=lambda waited, seconds: told.append((len(waited), min(waited) >= 0)))
+    first = batcher.submit({"number": 1})
+    assert begun.wait(60)
+    futures = [batcher.submit({"number": number}) for number in (2, 0, 4, 5)]
+    assert batcher.waiting == 4 and futures[3].cancel()
+    free.set()
+    assert [first.result(60), futures[0].result(60), futures[2].result(60)] == [1, 0.5, 0.25]
+    with pytest.raises(ZeroDivisionError):
+        futures[1].result(60)
+    batcher.close()
+    assert not any(5 in numbers for numbers in seen)
+    assert told == [(1, True), (3, True)] and batcher.seconds_per_window > 0
+
+
+def test_closing_hears_what_waits_and_takes_no_more(make):
+    batcher = make(max_wait=30)
+    futures = [batcher.submit({"number": number}) for number in range(3)]
+    batcher.close()
+    assert [each.result(0)[0] for each in futures] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit({"number": 3})
