@@ -23,7 +23,8 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
@@ -43,6 +44,7 @@ from processing.model_card import make_card, record_training
 from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
+from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
 
@@ -212,7 +214,8 @@ class SenseTrainer(Trainer):
         max_minutes: float | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=mean_loss, **kwargs)
+        self.model.backbone_fingerprint()  # while each process holds all weights; known from now on
         self.scored_rows = scored_rows
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
@@ -270,10 +273,12 @@ class SenseTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
+        strategy, seed = self.args.train_sampling_strategy, self.args.data_seed
+        if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=self.train_dataset.lengths)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if seed is None else seed
+        return EpochSampler(self.train_dataset, seed, step if strategy == "group_by_length" else None)
 
     def get_eval_dataloader(self, eval_dataset=None):
         training, self.data_collator = self.data_collator, self.eval_collator
@@ -281,6 +286,22 @@ class SenseTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """
+        Each row's sum of token losses and number of tokens. Not a batch's mean, as Trainer takes it: that depends on
+        who is in the batch, and in the last one may be rows that fill it up and are dropped afterwards.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        last = int((labels != -100).sum(1).max())  # answers are at the end
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, logits_to_keep=last + 1).logits
+        targets = labels[:, -last:]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
+        )
+        return None, losses.sum(1), (targets != -100).sum(1)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -296,7 +317,8 @@ class SenseTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         tasks = list(self.eval_collator.tasks)
         how = {"batch_size": self.args.per_device_eval_batch_size, "cache": self.eval_collator.cache}
-        answers = understand(model, processor, rows, tasks, **how)
+        with whole_weights(model):
+            answers = understand(model, processor, rows, tasks, **how)
         if self.is_world_process_zero():
             for i in range(min(3, len(rows))):
                 print(
@@ -304,6 +326,34 @@ class SenseTrainer(Trainer):
                 )
         scores = score(list(rows.remove_columns("audio")), parse_answers(processor.prompts, answers))
         return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+    # Under FSDP2 a checkpoint is the same as under DDP or of one process, and each of them goes on from it.
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
+        else:
+            self.model.trained_state_dict()  # its part in the gathering
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = gather_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        self.optimizer.load_state_dict(shard_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(schedule)
 
     # A checkpoint is what was trained: megabytes, not the backbones again. Optimiser, schedule and random state are
     # written beside it by Trainer itself.
@@ -321,6 +371,11 @@ class SenseTrainer(Trainer):
 
     def _load_best_model(self):
         self.accelerator.unwrap_model(self.model).load_adapter(self.state.best_model_checkpoint)
+
+
+def mean_loss(found: EvalPrediction) -> dict[str, float]:
+    """Of what `SenseTrainer.prediction_step` gives for each row: the mean over all tokens."""
+    return {"loss": float(found.predictions.sum(dtype=np.float64) / found.label_ids.sum())}
 
 
 def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
@@ -480,6 +535,7 @@ class Mixture(torch.utils.data.Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
+        self.epoch = epoch
         self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
         # In place: the sampler holds this list.
         self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
@@ -490,6 +546,34 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row, task = self.pairs[index]
         return {**self.rows[row], "task": task}
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """
+    The order of an epoch: drawn from the seed and the epoch's number alone, so that all processes draw the same, and
+    a run that is resumed what it drew before.
+
+    Args:
+        mixture: knows the epoch.
+        seed: of the recipe.
+        step: rows of an optimiser's step, to be of about the same length; None: any.
+    """
+
+    def __init__(self, mixture: Mixture, seed: int, step: int | None):
+        self.mixture, self.seed, self.step = mixture, seed, step
+
+    def set_epoch(self, epoch: int):
+        # accelerate tells the sampler or the dataset, depending on the number of processes: both must know.
+        self.mixture.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.mixture.epoch)
+        if self.step is None:
+            return iter(torch.randperm(len(self), generator=generator).tolist())
+        return iter(LengthGroupedSampler(self.step, lengths=self.mixture.lengths, generator=generator))
 
 
 def count_audio_tokens(rows, cache, processor) -> list[int]:
@@ -600,6 +684,7 @@ def main(argv: list[str] | None = None) -> dict:
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
     trainer.save_state()
+    gather_weights(model, keep=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         model.remove_classifier()
         if encoder is not None:
