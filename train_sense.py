@@ -281,11 +281,12 @@ class SenseTrainer(Trainer):
         return EpochSampler(self.train_dataset, seed, step if strategy == "group_by_length" else None)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training, self.data_collator = self.data_collator, self.eval_collator
+        training = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False  # every row is judged
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = training
+            self.data_collator, self.args.dataloader_drop_last = training
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
