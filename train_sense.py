@@ -10,8 +10,10 @@ last checkpoint when started again.
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
+import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,10 +24,11 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from datasets.distributed import split_dataset_by_node
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
@@ -37,7 +40,7 @@ from processing.annotation.noise import RATES, add_noise, with_annotation
 from processing.backbones import resolve_backbone
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
-from processing.datasets import first_rows, load_corpus
+from processing.datasets import first_rows, load_corpus, read_stream
 from processing.encoder_cache import build_cache
 from processing.hub import CARD, start_processes
 from processing.model_card import make_card, record_training
@@ -104,6 +107,10 @@ class SenseArguments:
     lowercase: bool = field(
         default=False, metadata={"help": "transcripts in lower case (LibriSpeech's are upper case)"}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the training split as it comes, in flat memory, until max_steps"}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "rows that a stream is shuffled among"})
     max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     scored_samples: int = field(
@@ -158,6 +165,21 @@ class SenseArguments:
             raise ValueError(f"quantize: give {' or '.join(QUANTIZATIONS)}, found {self.quantize!r}")
         if self.classifier not in (None, "ner", "sa"):
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
+        if self.streaming:
+            self._check_stream()
+
+    def _check_stream(self):
+        """Of a stream nobody has all rows."""
+        for name in ("encoder_cache", "balance_classes", "label_noise", "max_train_samples"):
+            if getattr(self, name):
+                raise ValueError(f"{name} needs all rows before the first step: leave it or streaming out")
+        if self.train_entities != "given":
+            raise ValueError("train_entities: spacy reads all rows before the first step: leave it or streaming out")
+        if not self.warm_start_clips:
+            raise ValueError(
+                "streaming: give warm_start_clips, how many rows of the stream are looked at before the first step "
+                "(warm start, weights of rare tags, usual length)"
+            )
 
 
 def _mapping(name: str, value: dict | str) -> dict:
@@ -279,6 +301,20 @@ class SenseTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if seed is None else seed
         return EpochSampler(self.train_dataset, seed, step if strategy == "group_by_length" else None)
+
+    def get_train_dataloader(self):
+        stream = self.train_dataset
+        if not isinstance(stream, Stream):
+            return super().get_train_dataloader()
+        # As it is: accelerate would deal the rows out once more. A worker without a file of its own has none.
+        return torch.utils.data.DataLoader(
+            stream,
+            batch_size=stream.batch_size,
+            collate_fn=self.data_collator,
+            num_workers=min(self.args.dataloader_num_workers, stream.rows.num_shards),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         training = self.data_collator, self.args.dataloader_drop_last
@@ -483,8 +519,9 @@ def count_trained(model) -> dict[str, int]:
     return sizes
 
 
-def load_split(args: SenseArguments, split: str, most: int | None):
-    dataset = load_corpus(
+def open_corpus(args: SenseArguments, split: str):
+    """A split of the recipe's dataset; a stream where it says so."""
+    return load_corpus(
         args.dataset_dir,
         split,
         config_name=args.config_name,
@@ -492,9 +529,36 @@ def load_split(args: SenseArguments, split: str, most: int | None):
         text_column=args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
+        streaming=args.streaming,
     )
-    dataset = first_rows(dataset, most)
+
+
+def load_split(args: SenseArguments, split: str, most: int | None):
+    """The first rows of a split, in a dataset that knows its length."""
+    rows = open_corpus(args, split)
+    dataset = read_stream(rows, most) if args.streaming else first_rows(rows, most)
     return dataset.add_column("cache_index", list(range(len(dataset))))
+
+
+def require_stream_settings(training: TrainingArguments):
+    if training.max_steps <= 0:
+        raise ValueError(f"streaming: a stream has no end; give max_steps, found {training.max_steps}")
+    if training.train_sampling_strategy != "random":
+        raise ValueError(
+            f"streaming: rows come as they do; leave train_sampling_strategy out, found "
+            f"{training.train_sampling_strategy!r}"
+        )
+
+
+def open_stream(args: SenseArguments, training: TrainingArguments, tasks, checkpoint: str | None) -> "Stream":
+    """The training questions; behind those that the checkpoint learnt from, which are read, but not decoded."""
+    steps = 0
+    if checkpoint is not None:
+        steps = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
+        training.ignore_data_skip = True  # done here
+    batches = steps * training.gradient_accumulation_steps
+    rows = open_corpus(args, args.train_split)
+    return Stream(args, rows, tasks, training.seed, training.train_batch_size, batches)
 
 
 def training_labels(args: SenseArguments, train, seed: int):
@@ -547,6 +611,47 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row, task = self.pairs[index]
         return {**self.rows[row], "task": task}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """
+    Questions without an end, from rows that are read as they come: each row for each task that it has a label for, as
+    often as the recipe says; where that is no whole number, by chance. Every process and every worker of its loader
+    reads rows of its own: other files of the dataset, or where these do not divide every so many-th row.
+
+    Args:
+        args: of the recipe.
+        rows: a stream of the project's schema.
+        tasks: by name.
+        seed: of order and chances.
+        batch_size: rows of one process's batch.
+        batches: of each process that are left out, since an earlier run learnt from them.
+    """
+
+    def __init__(self, args: SenseArguments, rows, tasks, seed: int, batch_size: int, batches: int = 0):
+        state = PartialState()
+        shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+        self.rows = split_dataset_by_node(shuffled, state.process_index, state.num_processes)
+        self.tasks, self.weights = tasks, args.tasks
+        self.seed, self.batch_size, self.batches = f"{seed}/{state.process_index}", batch_size, batches
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        index, number = (worker.id, worker.num_workers) if worker else (0, 1)
+        known = len(range(index, self.batches, number)) * self.batch_size  # workers take turns, batch by batch
+        return itertools.islice(self._ask(random.Random(f"{self.seed}/{index}")), known, None)
+
+    def _ask(self, rng: random.Random):
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            labelled = 0
+            for row in self.rows:
+                for name, weight in self.weights.items():
+                    if self.tasks[name].target(row) is not None:
+                        labelled += 1
+                        yield from [{**row, "task": name}] * (int(weight) + (rng.random() < weight % 1))
+            if not labelled:
+                raise ValueError(f"not one row of the stream has a label for {', '.join(self.weights)}")
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -635,6 +740,8 @@ def start_adapter(args: SenseArguments, model, processor, train):
 def main(argv: list[str] | None = None) -> dict:
     start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
+    if args.streaming:
+        require_stream_settings(training)
     set_seed(training.seed)
     # The rows bring their own columns to the collator, and the model's labels are its own business.
     training.remove_unused_columns = False
@@ -643,7 +750,8 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = build_model(args)
     tasks = make_tasks(args.prompts, args.tasks)
     with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
-        train = load_split(args, args.train_split, args.max_train_samples)
+        most = args.warm_start_clips if args.streaming else args.max_train_samples
+        train = load_split(args, args.train_split, most)
         dev = load_split(args, args.eval_split, args.max_eval_samples)
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
@@ -660,11 +768,16 @@ def main(argv: list[str] | None = None) -> dict:
     if checkpoint is None:
         start_adapter(args, model, processor, train)
     encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
+    questions = (
+        open_stream(args, training, tasks, checkpoint)
+        if args.streaming
+        else Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed)
+    )
     held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed),
+        train_dataset=questions,
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
         data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
@@ -677,13 +790,14 @@ def main(argv: list[str] | None = None) -> dict:
     if PartialState().is_main_process:
         parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
         print(
-            f"trained parameters: {sum(sizes.values()):,} ({parts}); clips: {len(train)}; "
-            f"rows an epoch: {len(trainer.train_dataset)}; resuming from: {checkpoint}",
+            f"trained parameters: {sum(sizes.values()):,} ({parts}); "
+            + ("a stream; " if args.streaming else f"clips: {len(train)}; rows an epoch: {len(questions)}; ")
+            + f"resuming from: {checkpoint}",
             flush=True,
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
-    metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
+    metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": None if args.streaming else len(train)}
     trainer.save_state()
     gather_weights(model, keep=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():

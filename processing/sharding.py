@@ -1,4 +1,4 @@
-"""What FSDP2 shards over the processes, put together again: weights to write or to generate with, the optimiser's state."""
+"""What FSDP2 shards over the processes, put together again: weights, and the optimiser's state."""
 
 import contextlib
 
@@ -41,7 +41,7 @@ def gather_weights(model: nn.Module, keep: bool):
 
 
 def gather_state(state: dict) -> dict:
-    """An optimiser's `state_dict` with whole tensors on the CPU, as one process has it. All processes must ask for it."""
+    """An optimiser's `state_dict` with whole tensors, as one process has it; all must ask for it together."""
     found = {
         index: {
             name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in of_one.items()
