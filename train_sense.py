@@ -625,7 +625,8 @@ class Stream(torch.utils.data.IterableDataset):
         tasks: by name.
         seed: of order and chances.
         batch_size: rows of one process's batch.
-        batches: of each process that are left out, since an earlier run learnt from them.
+        batches: of each process that are left out, since an earlier run learnt from them. With several workers the
+            next ones may come in another order.
     """
 
     def __init__(self, args: SenseArguments, rows, tasks, seed: int, batch_size: int, batches: int = 0):

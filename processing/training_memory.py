@@ -3,9 +3,9 @@ How much memory a GPU needs to train a recipe, by arithmetic from the backbones'
 
     python -m processing.training_memory recipes/1_asr.yaml --text_tokens 60
 
-Weights, gradients and the optimiser's state are counted parameter by parameter. What a step keeps for the backward pass
-is counted too: the language model runs once without memory ("fake" tensors), and the tensors that autograd saves are
-added up. What CUDA, its libraries and fragmentation need (1 to 2 GiB) comes on top.
+Weights, gradients and the optimiser's state are counted parameter by parameter. What a step keeps for the backward
+pass is counted too: the language model runs once without memory ("fake" tensors), and the tensors that autograd saves
+are added up. What CUDA, its libraries and fragmentation need (1 to 2 GiB) comes on top.
 """
 
 import argparse

@@ -193,48 +193,52 @@ def test_a_stream_teaches_the_same_on_two_processes_and_from_a_checkpoint(runs):
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory) -> str:
-    """A folder of 1,000 rows of 2 s in 4 files: 61 MiB of audio."""
+    """A folder of 120 rows of 0.1 s in 4 files."""
     folder = tmp_path_factory.mktemp("parquet")
-    stream_memory.write_stream(folder, 1000, 2.0)
+    stream_memory.write_stream(folder, 120, 0.1)
     return str(folder)
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
 def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processes, workers):
-    """4 files: two processes take two each; three take every third row of all."""
+    """4 files: two processes take two each; three take every third row of all. One that goes on leaves out the known."""
     rows = train_sense.load_corpus(parquet, "train", streaming=True)
-    args = SimpleNamespace(tasks={"asr": 1}, shuffle_buffer=10)
-    seen, share = [], 1000 // processes
+    args, tasks = SimpleNamespace(tasks={"asr": 1}, shuffle_buffer=10), make_tasks({"asr": "Write."})
+    seen = []
     for process in range(processes):
         state = SimpleNamespace(process_index=process, num_processes=processes)
         monkeypatch.setattr(train_sense, "PartialState", lambda state=state: state)
-        stream = train_sense.Stream(args, rows, make_tasks({"asr": "Write."}), 0, 10)
-        loader = torch.utils.data.DataLoader(stream, 10, collate_fn=list, num_workers=workers)
-        batches = list(itertools.islice(loader, share // 10))
-        again = train_sense.Stream(args, rows, make_tasks({"asr": "Write."}), 0, 10, batches=7)
-        loader = torch.utils.data.DataLoader(again, 10, collate_fn=list, num_workers=workers)
-        assert [row["text"] for row in next(iter(loader))] == [row["text"] for row in batches[7]]
-        seen += [row["text"] for batch in batches for row in batch]
-    assert len(set(seen)) == len(seen) >= 990
+
+        def read(number: int, known: int) -> list[list[str]]:
+            stream = train_sense.Stream(args, rows, tasks, seed=0, batch_size=2, batches=known)
+            loader = torch.utils.data.DataLoader(stream, 2, collate_fn=list, num_workers=workers)
+            return [[row["text"] for row in batch] for batch in itertools.islice(loader, number)]
+
+        batches = read(60 // processes, 0)
+        assert sorted(read(2, 7)) == sorted(batches[7:9])  # neighbours may change places, with workers
+        seen += [text for batch in batches for text in batch]
+    assert len(set(seen)) == len(seen) == 120
 
 
 def test_a_stream_mixes_tasks_as_often_as_the_recipe_says(parquet):
-    rows = train_sense.load_corpus(parquet, "train", streaming=True).take(300)
+    rows = train_sense.load_corpus(parquet, "train", streaming=True)
     args = SimpleNamespace(tasks={"asr": 0.25, "sa": 2}, shuffle_buffer=10)
     tasks = make_tasks({"asr": "Write.", "sa": "Which?"})
-    questions = list(itertools.islice(train_sense.Stream(args, rows, tasks, 0, 10), 1350))  # of two epochs
-    assert sum(row["task"] == "asr" for row in questions) == pytest.approx(150, abs=30)
+    questions = list(itertools.islice(train_sense.Stream(args, rows, tasks, 0, 10), 540))  # of two epochs
+    assert sum(row["task"] == "asr" for row in questions) == pytest.approx(60, abs=20)
     asked = SimpleNamespace(tasks={"ner": 1}, shuffle_buffer=10)  # there are no entities
     with pytest.raises(ValueError, match="not one row of the stream has a label for ner"):
         next(iter(train_sense.Stream(asked, rows, make_tasks({"ner": "Tag."}), 0, 10)))
 
 
-def test_a_stream_is_read_in_flat_memory(parquet, tmp_path):
+def test_a_stream_is_read_in_flat_memory(tmp_path):
     """The same with 50,000 rows: docs/distributed.md."""
-    launch(1, stream_memory.read, parquet, 1000, str(tmp_path / "memory.json"))
+    (tmp_path / "data").mkdir()
+    stream_memory.write_stream(tmp_path / "data", 2000, 1.0)
+    launch(1, stream_memory.read, str(tmp_path / "data"), 2000, str(tmp_path / "memory.json"))
     memory = json.loads((tmp_path / "memory.json").read_text())
-    settled = [size for rows, size in memory if rows >= 400]  # 600 rows are 37 MiB
-    assert len(memory) == 10 and max(settled) - settled[0] < 15, memory
+    settled = [size for rows, size in memory if rows >= 800]
+    assert len(memory) == 10 and max(settled) - settled[0] < 15, memory  # those rows are 37 MiB
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,11 @@ def test_configs_are_what_accelerate_launch_takes(config, monkeypatch):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_takes_its_settings_from_the_recipe(stage, tmp_path):
     class Filled(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
-        """Trainer's, whose base is accelerate's only where deepspeed is installed."""
+        """Trainer's, which wants deepspeed to be installed, over accelerate's, which does not."""
+
+        def __init__(self, path: str):
+            HfDeepSpeedConfig.__init__(self, path)
+            self._dtype, self.mismatches = None, []
 
     found = Filled(str(CONFIGS / f"zero{stage}.json"))
     out = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
@@ -308,6 +316,7 @@ def train_two_steps(setting: Setting, report: str):
 
     def run(rows: int):
         model = build_on_meta(setting).to_empty(device="cpu")
+        model.config.audio_token_id = 7
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
