@@ -24,11 +24,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_sense", "processing", "processing.*"]) + ["recipes", "recipes.mini"],
+    packages=find_packages(include=["modeling_sense", "processing", "processing.*"])
+    + ["recipes", "recipes.mini", "recipes.accelerate"],
     package_data={
         "processing": ["templates/*"],
         "processing.metrics": ["*/README.md", "*/requirements.txt"],
-        "": ["*.yaml"],
+        "": ["*.yaml", "*.json"],
     },
     py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "train_sense"],
     entry_points={"console_scripts": ["sense=sense_cli:cli"]},

@@ -445,7 +445,8 @@ def find_recipe(name: str) -> Path:
     for recipe in (Path(name), home.parent / name, home / f"{name}.yaml"):
         if recipe.is_file():
             return recipe
-    names = sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml"))
+    paths = (path.relative_to(home) for path in home.rglob("*.yaml") if path.parent.name != "accelerate")
+    names = sorted(path.with_suffix("").as_posix() for path in paths)
     raise ValueError(f"there is no recipe {name}; name a YAML file, or one of {', '.join(names)}")
 
 

@@ -201,7 +201,7 @@ def parquet(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
 def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processes, workers):
-    """4 files: two processes take two each; three take every third row of all. One that goes on leaves out the known."""
+    """4 files: two processes take two each; three take every third row of all."""
     rows = train_sense.load_corpus(parquet, "train", streaming=True)
     args, tasks = SimpleNamespace(tasks={"asr": 1}, shuffle_buffer=10), make_tasks({"asr": "Write."})
     seen = []
@@ -339,7 +339,8 @@ def train_two_steps(setting: Setting, report: str):
 def test_estimated_memory_is_what_a_training_step_takes(small, tmp_path):
     launch(1, train_two_steps, small, str(tmp_path / "bytes"))
     found = estimate(small)
-    assert int((tmp_path / "bytes").read_text()) == pytest.approx(found["total"], rel=0.25)
+    # What the backward pass needs for a moment, and what the allocator wastes, is not counted.
+    assert found["total"] < int((tmp_path / "bytes").read_text()) < 1.6 * found["total"]
     assert found["activations"] > 0.7 * found["total"] > 100e6
 
 
