@@ -9,7 +9,6 @@ are added up. What CUDA, its libraries and fragmentation need (1 to 2 GiB) comes
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -139,15 +138,18 @@ def estimate(setting: Setting, way: str = "ddp", processes: int = 1) -> dict[str
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="path or name of a recipe; its fields may follow, as for train_sense.py")
+    parser.add_argument("recipe", help="path or name of a recipe")
+    parser.add_argument("--audio_backbone", help="in place of the recipe's: a folder with its config.json is enough")
+    parser.add_argument("--text_backbone", help="likewise")
     parser.add_argument("--text_tokens", type=int, default=60, help="of prompt and answer, as the batch is padded")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
-    known, rest = parser.parse_known_args(argv)
+    known = parser.parse_args(argv)
     from train_sense import parse_recipe  # it imports this package
 
-    args, training = parse_recipe([known.recipe, *rest, "--use_cpu", "true"])
+    args, training = parse_recipe([known.recipe, "--dataset_dir", "any", "--use_cpu", "true"])
     fields = {name: getattr(args, name, None) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
     fields |= {"per_device_train_batch_size": training.per_device_train_batch_size, "bf16": training.bf16}
+    fields |= {name: getattr(known, name) for name in ("audio_backbone", "text_backbone") if getattr(known, name)}
     setting = Setting(**fields, text_tokens=known.text_tokens)
     columns = [("ddp", 1), *((way, n) for n in known.gpus if n > 1 for way in SHARDED)]
     found = [estimate(setting, way, number) for way, number in columns]
@@ -157,4 +159,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
