@@ -30,12 +30,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_sense", "processing", "processing.*"]) + ["recipes", "recipes.mini"],
+    packages=find_packages(include=["modeling_sense", "processing", "processing.*"])
+    + ["recipes", "recipes.mini", "recipes.accelerate"],
     package_data={
         "modeling_sense": ["py.typed"],
         "processing": ["py.typed", "templates/*"],
         "processing.metrics": ["*/README.md", "*/requirements.txt"],
-        "": ["*.yaml"],
+        "": ["*.yaml", "*.json"],
     },
     py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "serve", "train_sense"],
     entry_points={"console_scripts": ["sense=sense_cli:cli"]},

@@ -10,9 +10,11 @@ last checkpoint when started again.
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,10 +25,11 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from datasets.distributed import split_dataset_by_node
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
@@ -41,13 +44,14 @@ from processing.bad_rows import BadRows
 from processing.checkpoints import last_checkpoint, publish, require_whole, seal, unfinished
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
-from processing.datasets import first_rows, load_corpus
+from processing.datasets import first_rows, load_corpus, read_stream
 from processing.encoder_cache import build_cache
 from processing.hub import CARD, start_processes
 from processing.model_card import make_card, record_training
 from processing.processing_sense import MAX_SECONDS
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
+from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
 from processing.warm_start import warm_start
 
@@ -110,6 +114,10 @@ class SenseArguments:
     on_bad_row: str = field(
         default="stop", metadata={"help": "stop, or skip: leave rows out that can't be used, and list them"}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the training split as it comes, in flat memory, until max_steps"}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "rows that a stream is shuffled among"})
     max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
     scored_samples: int = field(
@@ -165,6 +173,21 @@ class SenseArguments:
             raise ValueError(f"quantize: give {' or '.join(QUANTIZATIONS)}, found {self.quantize!r}")
         if self.classifier not in (None, "ner", "sa"):
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
+        if self.streaming:
+            self._check_stream()
+
+    def _check_stream(self):
+        """Of a stream nobody has all rows."""
+        for name in ("encoder_cache", "balance_classes", "label_noise", "max_train_samples"):
+            if getattr(self, name):
+                raise ValueError(f"{name} needs all rows before the first step: leave it or streaming out")
+        if self.train_entities != "given":
+            raise ValueError("train_entities: spacy reads all rows before the first step: leave it or streaming out")
+        if not self.warm_start_clips:
+            raise ValueError(
+                "streaming: give warm_start_clips, how many rows of the stream are looked at before the first step "
+                "(warm start, weights of rare tags, usual length)"
+            )
 
 
 MAX_RECIPE = 100_000  # characters
@@ -219,23 +242,6 @@ class LossSinceLog(TrainerCallback, ExportableState):
         return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
 
 
-class Shuffled(torch.utils.data.Sampler):
-    """
-    Rows in the order that the dataset's generator draws. In place of torch's RandomSampler: accelerate exchanges it
-    for one that counts epochs itself, and then does not tell the dataset's `set_epoch` of them within an epoch that a
-    run goes on with, nor on several processes.
-    """
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self):
-        return iter(torch.randperm(len(self.dataset), generator=self.dataset.generator).tolist())
-
-
 class SenseTrainer(Trainer):
     """
     Trainer whose checkpoints hold the trained weights only, and whose evaluation adds the loss on shuffled clips
@@ -252,7 +258,8 @@ class SenseTrainer(Trainer):
         max_minutes: float | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=mean_loss, **kwargs)
+        self.model.backbone_fingerprint()  # while each process holds all weights; known from now on
         self.scored_rows = scored_rows
         self.eval_collator = eval_collator
         self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
@@ -315,13 +322,26 @@ class SenseTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset
-        if self.args.train_sampling_strategy == "random":
-            return Shuffled(rows)
-        if self.args.train_sampling_strategy != "group_by_length":
+        strategy, seed = self.args.train_sampling_strategy, self.args.data_seed
+        if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=rows.lengths, generator=rows.generator)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if seed is None else seed
+        return EpochSampler(self.train_dataset, seed, step if strategy == "group_by_length" else None)
+
+    def get_train_dataloader(self):
+        stream = self.train_dataset
+        if not isinstance(stream, Stream):
+            return super().get_train_dataloader()
+        # As it is: accelerate would deal the rows out once more. A worker without a file of its own has none.
+        return torch.utils.data.DataLoader(
+            stream,
+            batch_size=stream.batch_size,
+            collate_fn=self.data_collator,
+            num_workers=min(self.args.dataloader_num_workers, stream.rows.num_shards),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
 
     def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs):
         """Trainer's, with what it does not bring back when a run goes on from a checkpoint."""
@@ -336,11 +356,28 @@ class SenseTrainer(Trainer):
         super()._run_epoch(epoch=epoch, **how)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training, self.data_collator = self.data_collator, self.eval_collator
+        training = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False  # every row is judged
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = training
+            self.data_collator, self.args.dataloader_drop_last = training
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """
+        Each row's sum of token losses and number of tokens. Not a batch's mean, as Trainer takes it: that depends on
+        who is in the batch, and in the last one may be rows that fill it up and are dropped afterwards.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        last = int((labels != -100).sum(1).max())  # answers are at the end
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, logits_to_keep=last + 1).logits
+        targets = labels[:, -last:]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
+        )
+        return None, losses.sum(1), (targets != -100).sum(1)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -356,7 +393,8 @@ class SenseTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         tasks = list(self.eval_collator.tasks)
         how = {"batch_size": self.args.per_device_eval_batch_size, "cache": self.eval_collator.cache}
-        answers = understand(model, processor, rows, tasks, **how)
+        with whole_weights(model):
+            answers = understand(model, processor, rows, tasks, **how)
         if self.is_world_process_zero():
             for i in range(min(3, len(rows))):
                 print(
@@ -364,6 +402,34 @@ class SenseTrainer(Trainer):
                 )
         scores = score(list(rows.remove_columns("audio")), parse_answers(processor.prompts, answers))
         return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+    # Under FSDP2 a checkpoint is the same as under DDP or of one process, and each of them goes on from it.
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
+        else:
+            self.model.trained_state_dict()  # its part in the gathering
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = gather_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        self.optimizer.load_state_dict(shard_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(schedule)
 
     # A checkpoint is what was trained: megabytes, not the backbones again. Optimiser, schedule and random state are
     # written beside it by Trainer itself. All of it goes to another folder first: one that is called a checkpoint is
@@ -407,7 +473,7 @@ class SenseTrainer(Trainer):
         """Of the tensors in a checkpoint."""
         states = [state.values() for state in self.optimizer.state.values()]
         moments = [value for values in states for value in values if torch.is_tensor(value)]
-        trained = self.accelerator.unwrap_model(self.model).trained_state_dict().values()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return sum(tensor.nbytes for tensor in (*trained, *moments))
 
     def _save(self, output_dir=None, state_dict=None):
@@ -423,6 +489,11 @@ class SenseTrainer(Trainer):
 
     def _load_best_model(self):
         self.accelerator.unwrap_model(self.model).load_adapter(self.state.best_model_checkpoint)
+
+
+def mean_loss(found: EvalPrediction) -> dict[str, float]:
+    """Of what `SenseTrainer.prediction_step` gives for each row: the mean over all tokens."""
+    return {"loss": float(found.predictions.sum(dtype=np.float64) / found.label_ids.sum())}
 
 
 def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
@@ -492,7 +563,8 @@ def find_recipe(name: str) -> Path:
     for recipe in (Path(name), home.parent / name, home / f"{name}.yaml"):
         if recipe.is_file():
             return recipe
-    names = sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml"))
+    paths = (path.relative_to(home) for path in home.rglob("*.yaml") if path.parent.name != "accelerate")
+    names = sorted(path.with_suffix("").as_posix() for path in paths)
     raise ValueError(f"there is no recipe {name}; name a YAML file, or one of {', '.join(names)}")
 
 
@@ -566,8 +638,9 @@ def count_trained(model) -> dict[str, int]:
     return sizes
 
 
-def load_split(args: SenseArguments, split: str, most: int | None, bad_rows: BadRows):
-    dataset = load_corpus(
+def open_corpus(args: SenseArguments, split: str, bad_rows: BadRows):
+    """A split of the recipe's dataset; a stream where it says so."""
+    return load_corpus(
         args.dataset_dir,
         split,
         config_name=args.config_name,
@@ -575,15 +648,44 @@ def load_split(args: SenseArguments, split: str, most: int | None, bad_rows: Bad
         text_column=args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
+        streaming=args.streaming,
         bad_rows=bad_rows,
     )
-    return first_rows(dataset, most)
 
 
-def usable_rows(rows, bad_rows: BadRows):
+def load_split(args: SenseArguments, split: str, most: int | None, bad_rows: BadRows):
+    """The first rows of a split, in a dataset that knows its length."""
+    rows = open_corpus(args, split, bad_rows)
+    return read_stream(rows, most) if args.streaming else first_rows(rows, most)
+
+
+def usable_rows(args: SenseArguments, rows, bad_rows: BadRows):
     """The rows whose clips can be heard, each with its place in the encoder cache."""
-    rows = bad_rows.check(rows)
+    rows = rows if args.streaming else bad_rows.check(rows)  # those of a stream were checked as they came
     return rows.add_column("cache_index", list(range(len(rows))))
+
+
+def require_stream_settings(training: TrainingArguments):
+    if training.max_steps <= 0:
+        raise ValueError(f"streaming: a stream has no end; give max_steps, found {training.max_steps}")
+    if training.train_sampling_strategy != "random":
+        raise ValueError(
+            f"streaming: rows come as they do; leave train_sampling_strategy out, found "
+            f"{training.train_sampling_strategy!r}"
+        )
+
+
+def open_stream(
+    args: SenseArguments, training: TrainingArguments, tasks, checkpoint: str | None, bad_rows: BadRows
+) -> "Stream":
+    """The training questions; behind those that the checkpoint learnt from, which are read, but not decoded."""
+    steps = 0
+    if checkpoint is not None:
+        steps = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
+        training.ignore_data_skip = True  # done here
+    batches = steps * training.gradient_accumulation_steps
+    rows = open_corpus(args, args.train_split, bad_rows)
+    return Stream(args, rows, tasks, training.seed, training.train_batch_size, batches)
 
 
 def training_labels(args: SenseArguments, train, seed: int):
@@ -612,9 +714,9 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
 class Mixture(torch.utils.data.Dataset):
     """
     The questions of a training epoch, a row each with its `task`. Where a task shows some of its rows only,
-    `set_epoch`, which Trainer calls, draws others. What is drawn, for a row's augmentation (`seed`) and for the order
-    of the rows (`generator`), depends on the seed, the epoch and the row alone: it is the same in a run that goes on
-    from a checkpoint, and on any number of processes and workers.
+    `set_epoch`, which Trainer calls, draws others. What is drawn, also for a row's augmentation (`seed`), depends
+    on the seed, the epoch and the row alone: it is the same in a run that goes on from a checkpoint, and on any number
+    of processes and workers.
     """
 
     def __init__(self, args: SenseArguments, rows, audio_tokens: list[int], tasks, tokenizer, seed: int):
@@ -624,12 +726,10 @@ class Mixture(torch.utils.data.Dataset):
         self.audio_tokens = audio_tokens
         self.answer_tokens = {name: count_answer_tokens(self.labels, tasks[name], tokenizer) for name in args.tasks}
         self.lengths: list[int] = []
-        self.generator = torch.Generator()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
-        self.generator.manual_seed(self.seed + epoch)
         self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
         # In place: the sampler holds this list.
         self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
@@ -640,6 +740,76 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row, task = self.pairs[index]
         return {**self.rows[row], "task": task, "seed": f"{self.seed}/{self.epoch}/{index}"}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """
+    Questions without an end, from rows that are read as they come: each row for each task that it has a label for, as
+    often as the recipe says; where that is no whole number, by chance. Every process and every worker of its loader
+    reads rows of its own: other files of the dataset, or where these do not divide every so many-th row.
+
+    Args:
+        args: of the recipe.
+        rows: a stream of the project's schema.
+        tasks: by name.
+        seed: of order and chances.
+        batch_size: rows of one process's batch.
+        batches: of each process that are left out, since an earlier run learnt from them. With several workers the
+            next ones may come in another order.
+    """
+
+    def __init__(self, args: SenseArguments, rows, tasks, seed: int, batch_size: int, batches: int = 0):
+        state = PartialState()
+        shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+        self.rows = split_dataset_by_node(shuffled, state.process_index, state.num_processes)
+        self.tasks, self.weights = tasks, args.tasks
+        self.seed, self.batch_size, self.batches = f"{seed}/{state.process_index}", batch_size, batches
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        index, number = (worker.id, worker.num_workers) if worker else (0, 1)
+        known = len(range(index, self.batches, number)) * self.batch_size  # workers take turns, batch by batch
+        return itertools.islice(self._ask(random.Random(f"{self.seed}/{index}")), known, None)
+
+    def _ask(self, rng: random.Random):
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            labelled = 0
+            for row in self.rows:
+                for name, weight in self.weights.items():
+                    if self.tasks[name].target(row) is not None:
+                        labelled += 1
+                        yield from [{**row, "task": name}] * (int(weight) + (rng.random() < weight % 1))
+            if not labelled:
+                raise ValueError(f"not one row of the stream has a label for {', '.join(self.weights)}")
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """
+    The order of an epoch: drawn from the seed and the epoch's number alone, so that all processes draw the same, and
+    a run that is resumed what it drew before.
+
+    Args:
+        mixture: knows the epoch.
+        seed: of the recipe.
+        step: rows of an optimiser's step, to be of about the same length; None: any.
+    """
+
+    def __init__(self, mixture: Mixture, seed: int, step: int | None):
+        self.mixture, self.seed, self.step = mixture, seed, step
+
+    def set_epoch(self, epoch: int):
+        # accelerate tells the sampler or the dataset, depending on the number of processes: both must know.
+        self.mixture.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.mixture.epoch)
+        if self.step is None:
+            return iter(torch.randperm(len(self), generator=generator).tolist())
+        return iter(LengthGroupedSampler(self.step, lengths=self.mixture.lengths, generator=generator))
 
 
 def count_audio_tokens(rows, cache, processor) -> list[int]:
@@ -723,6 +893,8 @@ def write_output(folder: Path, model, processor, metrics: dict, state, recipe: d
 def main(argv: list[str] | None = None) -> dict:
     start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
+    if args.streaming:
+        require_stream_settings(training)
     set_seed(training.seed)
     # The rows bring their own columns to the collator, and the model's labels are its own business.
     training.remove_unused_columns = False
@@ -735,9 +907,10 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = make_tasks(args.prompts, args.tasks)
     bad_rows = BadRows(args.on_bad_row, training.output_dir, training=True)
     with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
-        train = load_split(args, args.train_split, args.max_train_samples, bad_rows)
+        most = args.warm_start_clips if args.streaming else args.max_train_samples
+        train = load_split(args, args.train_split, most, bad_rows)
         dev = load_split(args, args.eval_split, args.max_eval_samples, bad_rows)
-    train, dev = usable_rows(train, bad_rows), usable_rows(dev, bad_rows)
+    train, dev = usable_rows(args, train, bad_rows), usable_rows(args, dev, bad_rows)
     bad_rows.settle()
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
@@ -752,11 +925,16 @@ def main(argv: list[str] | None = None) -> dict:
     if checkpoint is None:
         start_adapter(args, model, processor, train)
     encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
+    questions = (
+        open_stream(args, training, tasks, checkpoint, bad_rows)
+        if args.streaming
+        else Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed)
+    )
     held_out = {"true": dev, "shuffled": shuffle_audio(dev)}
     trainer = SenseTrainer(
         model=model,
         args=training,
-        train_dataset=Mixture(args, train, audio_tokens, tasks, processor.tokenizer, training.seed),
+        train_dataset=questions,
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
         data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
@@ -769,14 +947,16 @@ def main(argv: list[str] | None = None) -> dict:
     if PartialState().is_main_process:
         parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
         print(
-            f"trained parameters: {sum(sizes.values()):,} ({parts}); clips: {len(train)}; "
-            f"rows an epoch: {len(trainer.train_dataset)}; resuming from: {checkpoint}",
+            f"trained parameters: {sum(sizes.values()):,} ({parts}); "
+            + ("a stream; " if args.streaming else f"clips: {len(train)}; rows an epoch: {len(questions)}; ")
+            + f"resuming from: {checkpoint}",
             flush=True,
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
-    metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": len(train)}
+    metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": None if args.streaming else len(train)}
     metrics["bad_rows"] = bad_rows.counts
+    gather_weights(model, keep=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         model.remove_classifier()
         if encoder is not None:

@@ -915,9 +915,12 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.model.audio_tower = encoder.to(self.device)
 
     def trained_state_dict(self, inference: bool = False) -> dict[str, torch.Tensor]:
-        """The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier."""
+        """
+        The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier. Where they
+        are sharded, all processes must ask for them together.
+        """
         return {
-            name: parameter.detach().cpu().contiguous()
+            name: _whole(parameter.detach()).cpu().contiguous()
             for name, parameter in self.named_parameters()
             if is_trained(name) and not (inference and name.startswith("classifier."))
         }
@@ -1082,7 +1085,22 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         shapes = [k for k in state.keys() & mine.keys() if state[k].shape != mine[k].shape]
         if missing or unexpected or shapes:
             raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}, of another shape {shapes}")
-        self.load_state_dict(state, strict=False)
+        mine = dict(self.named_parameters())
+        self.load_state_dict({name: _sharded_like(mine[name], value) for name, value in state.items()}, strict=False)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is sharded over the processes (FSDP2), put together; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` in shards where `parameter` is."""
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _common_beginning(prompts: list[list[int]]) -> int:

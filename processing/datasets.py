@@ -123,6 +123,13 @@ def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
     return rows.select(range(min(number or len(rows), len(rows))))
 
 
+def read_stream(rows: datasets.IterableDataset, number: int | None) -> datasets.Dataset:
+    """The first so many rows of a stream, all by default, in memory."""
+    first = [{name: row[name] for name in SCHEMA} for row in (rows if number is None else rows.take(number))]
+    built = datasets.Dataset.from_list(first, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
+    return built.cast_column("audio", SCHEMA["audio"])
+
+
 def _read_folder(folder: Path, split: str, columns: dict) -> list[dict] | None:
     """Rows of a split of a metadata.jsonl folder or a LibriSpeech tree; None for a folder of another kind."""
     metadata = {path.parent.name: path for path in sorted(folder.glob("*/metadata.jsonl"))}

@@ -98,17 +98,17 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
     Args:
         folder: output folder of this stage.
         recipe: fields of `SenseArguments` and `TrainingArguments`.
-        rows: the training split.
+        rows: the training split; of a stream the first rows.
         state: of the Trainer.
         sizes: trained parameters, by part.
     """
-    durations = rows["duration"]
+    durations = [None] if recipe["streaming"] else rows["duration"]
     name, on_hub = dataset_name(recipe["dataset_dir"])
     stage = {
         "dataset": name,
         "on_hub": on_hub,
         "languages": sorted(set(rows["language"]) - {None}),
-        "clips": len(durations),
+        "clips": None if recipe["streaming"] else len(durations),
         "hours": None if None in durations else sum(durations) / 3600,
         "trained_parameters": sizes,
         "steps": state.global_step,
@@ -360,10 +360,11 @@ def _named(metrics: dict) -> dict[str, float]:
 
 
 def _stage(stage: dict) -> str:
+    clips = "a stream" if stage["clips"] is None else f"{stage['clips']:,} clips"
     hours = "" if stage["hours"] is None else f", {stage['hours']:.2f} h"
     trained = ", ".join(f"{part} {size:,}" for part, size in stage["trained_parameters"].items() if size)
     lead = (
-        f"{stage['dataset']}: {stage['clips']:,} clips{hours}; {stage['steps']:,} steps, {stage['epochs']:.2f} "
+        f"{stage['dataset']}: {clips}{hours}; {stage['steps']:,} steps, {stage['epochs']:.2f} "
         f"epochs; trained parameters: {trained}; torch {stage['versions']['torch']}, "
         f"transformers {stage['versions']['transformers']}."
     )

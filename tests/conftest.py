@@ -187,11 +187,6 @@ def learn_by_heart(whisper: str, llm: str, clips: list[dict], folder) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_whisper(tmp_path_factory) -> str:
-    return save_whisper(tmp_path_factory.mktemp("whisper"))
-
-
-@pytest.fixture(scope="session")
-def tiny_whisper(tmp_path_factory) -> str:
     """Folder of a random Whisper with its feature extractor."""
     return save_whisper(tmp_path_factory.mktemp("whisper"))
 

@@ -131,6 +131,8 @@ PROGRAMS = (
     "scripts/make_space.py",
     "processing.report",
     "processing.synthesis",
+    "processing.training_memory",
+    "tests.reliability.stream_memory",
     "benchmarks",
     "benchmarks.long_audio",
     "benchmarks.small_machines",
@@ -141,7 +143,14 @@ PROGRAMS = (
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
 # Programs that are others' own: not looked at, but for the targets of make.
 FOREIGN = ("cat", "curl", "hf", "make", "pip")
-LAUNCHERS = ("num_processes", "nproc_per_node", "module")  # their options that we speak of
+LAUNCHERS = (
+    "num_processes",
+    "nproc_per_node",
+    "module",
+    "config_file",
+    "machine_rank",
+    "main_process_ip",
+)  # their options that we speak of
 RUNNERS = ("python", "accelerate", "torchrun", "sense")
 SPY = "\n".join(
     f'{name}() {{ printf "%s\\0" {name} "$@" >&3; printf "\\1\\0" >&3; }}' for name in (*FOREIGN, *RUNNERS)
