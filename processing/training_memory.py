@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
     from train_sense import parse_recipe  # it imports this package
 
     args, training = parse_recipe([known.recipe, "--dataset_dir", "any", "--use_cpu", "true"])
-    fields = {name: getattr(args, name, None) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
+    fields: dict = {name: getattr(args, name) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
     fields |= {"per_device_train_batch_size": training.per_device_train_batch_size, "bf16": training.bf16}
     fields |= {name: getattr(known, name) for name in ("audio_backbone", "text_backbone") if getattr(known, name)}
     setting = Setting(**fields, text_tokens=known.text_tokens)
