@@ -760,7 +760,8 @@ class Stream(torch.utils.data.IterableDataset):
 
     def __init__(self, args: SenseArguments, rows, tasks, seed: int, batch_size: int, batches: int = 0):
         state = PartialState()
-        shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+        # One file after the other, in another order each time: Arrow reads whole files ahead, of all that are open.
+        shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(shuffled, state.process_index, state.num_processes)
         self.tasks, self.weights = tasks, args.tasks
         self.seed, self.batch_size, self.batches = f"{seed}/{state.process_index}", batch_size, batches

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         data.mkdir()
-        write_stream(data, args.rows, args.seconds)
+        write_stream(data, args.rows, args.seconds, files=25)
         size = sum(path.stat().st_size for path in data.iterdir()) / 2**20
         print(f"{args.rows:,} rows, {size:.0f} MiB on disk", flush=True)
         # In a process of its own: the memory that writing took is not counted.

@@ -235,7 +235,7 @@ def test_a_stream_mixes_tasks_as_often_as_the_recipe_says(parquet):
 def test_a_stream_is_read_in_flat_memory(tmp_path):
     """The same with 50,000 rows: docs/distributed.md."""
     (tmp_path / "data").mkdir()
-    stream_memory.write_stream(tmp_path / "data", 2000, 1.0)
+    stream_memory.write_stream(tmp_path / "data", 2000, 1.0, files=20)
     launch(1, stream_memory.read, str(tmp_path / "data"), 2000, str(tmp_path / "memory.json"))
     memory = json.loads((tmp_path / "memory.json").read_text())
     settled = [size for rows, size in memory if rows >= 800]
