@@ -46,9 +46,9 @@ setup(
         "torch>=2.11,<2.15",
         "torchaudio>=2.11,<2.12",
         "transformers>=5.24,<6",  # 5.24 renamed past_key_values to cache
-        "accelerate>=1.14,<2",
+        "accelerate>=1.15,<2",  # the oldest that puts a whole model on the disk
         "peft>=0.21,<1",
-        "datasets>=5.0,<6",
+        "datasets>=5.2,<6",
         "evaluate>=0.4.6,<0.5",
         "safetensors>=0.6,<1",
         "huggingface-hub>=2.0,<3",
