@@ -8,37 +8,29 @@ may go by its name, such as quickstart. Fields on the command line win. A run th
 last checkpoint when started again.
 """
 
-import dataclasses
-import difflib
-import itertools
 import json
-import math
 import os
-import random
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
-from datasets.distributed import split_dataset_by_node
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
 from eval_sense import parse_answers, shuffle_audio, understand
-from modeling_sense import QUANTIZATIONS, SenseForConditionalGeneration
+from modeling_sense import SenseForConditionalGeneration
 from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
-from processing.annotation.noise import RATES, add_noise, with_annotation
+from processing.annotation.noise import add_noise, with_annotation
 from processing.backbones import resolve_backbone
 from processing.bad_rows import BadRows
 from processing.checkpoints import last_checkpoint, publish, require_whole, seal, unfinished
@@ -48,161 +40,13 @@ from processing.datasets import first_rows, load_corpus, read_stream
 from processing.encoder_cache import build_cache
 from processing.hub import CARD, start_processes
 from processing.model_card import make_card, record_training
-from processing.processing_sense import MAX_SECONDS
+from processing.questions import EpochSampler, Mixture, Stream, ask_once, count_audio_tokens, spread, usual_length
+from processing.recipe import SenseArguments, parse_recipe
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
-from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks, mix
+from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks
 from processing.warm_start import warm_start
-
-
-@dataclass
-class SenseArguments:
-    """What a recipe says beside `TrainingArguments`."""
-
-    dataset_dir: str = field(default=None, metadata={"help": "audiofolder, LibriSpeech tree or Hub dataset"})
-    audio_backbone: str = field(default="openai/whisper-small", metadata={"help": "Whisper: Hub id or folder"})
-    text_backbone: str = field(
-        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", metadata={"help": "language model: Hub id or folder"}
-    )
-    gguf_file: str = field(default=None, metadata={"help": "a GGUF file in text_backbone, in place of its weights"})
-    quantize: str = field(default=None, metadata={"help": "hold the language model in int8 or int4; none: as floats"})
-    backbone_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen weights"})
-    text_attn_implementation: str = field(
-        default=None, metadata={"help": "the language model's attention: on CPUs eager trains faster than sdpa"}
-    )
-    num_audio_tokens: int = field(default=250, metadata={"help": "steps that 30 s of speech are pooled to"})
-    audio_tokens: str = field(default="trim", metadata={"help": "trim (those that hold speech) or fixed (all)"})
-    lora_r: int = field(default=0, metadata={"help": "rank of LoRA on q, k, v; 0 trains the adapter alone"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA"})
-    adapter_learning_rate: float = field(default=None, metadata={"help": "of the adapter; default: learning_rate"})
-    init_from: str = field(default=None, metadata={"help": "go on from this stage: output folder or checkpoint"})
-
-    # Mappings in a recipe, JSON on the command line: to HfArgumentParser they are strings.
-    tasks: str = field(
-        default='{"asr": 1}',
-        metadata={"help": "how often an epoch shows each task's rows, such as {asr: 1, ner: 2, sa: 0.5}"},
-    )
-    prompts: str = field(
-        default='{"asr": "Transcribe the speech."}', metadata={"help": "each task's instruction after the audio"}
-    )
-    entity_tags: str = field(default="combined", metadata={"help": "combined (SLUE's 7) or raw (OntoNotes' 18)"})
-    train_entities: str = field(
-        default="given", metadata={"help": "given, or spacy: in their place what spaCy finds in the transcripts"}
-    )
-    label_noise: str = field(
-        default=None,
-        metadata={"help": "wrong entities among the training rows' own, such as {false_positives: 0.3, drops: 0.1}"},
-    )
-    filter_labels: bool = field(default=False, metadata={"help": "and annotate_sense.py's two filters after them"})
-    balance_classes: bool = field(default=False, metadata={"help": "show each sentiment equally often"})
-    classifier: str = field(
-        default=None, metadata={"help": "regulariser: ner (tags) or sa (sentiment); none: without"}
-    )
-    classifier_alpha: float = field(default=0.2, metadata={"help": "the classifier's share of the loss"})
-    classifier_max_weight: float = field(default=20.0, metadata={"help": "cap on the weight of a rare tag"})
-
-    config_name: str = field(default=None, metadata={"help": "configuration of a Hub dataset"})
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    eval_split: str = field(default="dev", metadata={"help": "split to choose the best checkpoint by"})
-    audio_column: str = field(default="audio", metadata={"help": "column of the audio"})
-    text_column: str = field(default="text", metadata={"help": "column of the transcript"})
-    lowercase: bool = field(
-        default=False, metadata={"help": "transcripts in lower case (LibriSpeech's are upper case)"}
-    )
-    on_bad_row: str = field(
-        default="stop", metadata={"help": "stop, or skip: leave rows out that can't be used, and list them"}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "read the training split as it comes, in flat memory, until max_steps"}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "rows that a stream is shuffled among"})
-    max_train_samples: int = field(default=None, metadata={"help": "use the first rows only"})
-    max_eval_samples: int = field(default=None, metadata={"help": "use the first rows only"})
-    scored_samples: int = field(
-        default=None, metadata={"help": "rows, evenly spaced, that evaluation generates answers for; default: all"}
-    )
-    max_minutes: float = field(
-        default=None, metadata={"help": "train so long; the learning rate falls to 0 by then, after warmup_steps"}
-    )
-
-    encoder_cache: str = field(default=None, metadata={"help": "folder for the encoder's output; none: no cache"})
-    encoder_cache_storage: str = field(default="float16", metadata={"help": "float16, or int8: half as large"})
-    cache_only: bool = field(default=False, metadata={"help": "fill the cache, ahead of training, and stop"})
-    speeds: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "versions of each training clip kept in the cache"}
-    )
-    time_mask: float = field(default=0.0, metadata={"help": "share of audio tokens hidden in training"})
-
-    warm_start: bool = field(default=True, metadata={"help": "closed-form start of the adapter"})
-    warm_start_gain: float = field(default=1.5, metadata={"help": "factor on the regression's output"})
-    warm_start_ridge: float = field(default=1e-3, metadata={"help": "ridge penalty, per row"})
-    warm_start_clips: int = field(default=None, metadata={"help": "clips to use; default: all"})
-
-    def __post_init__(self):
-        if not self.dataset_dir:
-            raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
-        if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask):
-            raise ValueError("speeds and time_mask work on cached features: set encoder_cache to a folder")
-        if self.encoder_cache is None and self.cache_only:
-            raise ValueError("cache_only fills a cache: set encoder_cache to a folder")
-        self.tasks, self.prompts = _mapping("tasks", self.tasks), _mapping("prompts", self.prompts)
-        make_tasks(self.prompts, self.tasks)
-        for name, weight in self.tasks.items():
-            if not isinstance(weight, int | float) or not weight > 0:
-                raise ValueError(f"tasks: the weight of {name} is {weight!r}; give a number above 0")
-        if self.train_entities not in ("given", "spacy"):
-            raise ValueError(f"train_entities: give given or spacy, found {self.train_entities!r}")
-        if self.filter_labels and self.label_noise is None:
-            raise ValueError("filter_labels filters what label_noise put there: give label_noise, or leave it out")
-        if self.label_noise is not None:
-            self.label_noise = _mapping("label_noise", self.label_noise)
-            if unknown := sorted(self.label_noise.keys() - set(RATES)):
-                raise ValueError(f"label_noise: there is no {unknown[0]!r}; there are {', '.join(RATES)}")
-            add_noise([], **self.label_noise)  # a wrong rate should not wait for the data
-            if self.entity_tags != "combined":
-                raise ValueError(f"label_noise knows the combined tags only, found entity_tags {self.entity_tags!r}")
-            if not self.filter_labels and set(self.tasks) != {"ner"}:
-                raise ValueError(
-                    "label_noise without filter_labels puts words into the transcripts: train the task ner alone, "
-                    f"found tasks {', '.join(self.tasks)}"
-                )
-        BadRows(self.on_bad_row)  # another word should not wait for the data
-        if self.quantize not in (None, *QUANTIZATIONS):
-            raise ValueError(f"quantize: give {' or '.join(QUANTIZATIONS)}, found {self.quantize!r}")
-        if self.classifier not in (None, "ner", "sa"):
-            raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
-        if self.streaming:
-            self._check_stream()
-
-    def _check_stream(self):
-        """Of a stream nobody has all rows."""
-        for name in ("encoder_cache", "balance_classes", "label_noise", "max_train_samples"):
-            if getattr(self, name):
-                raise ValueError(f"{name} needs all rows before the first step: leave it or streaming out")
-        if self.train_entities != "given":
-            raise ValueError("train_entities: spacy reads all rows before the first step: leave it or streaming out")
-        if not self.warm_start_clips:
-            raise ValueError(
-                "streaming: give warm_start_clips, how many rows of the stream are looked at before the first step "
-                "(warm start, weights of rare tags, usual length)"
-            )
-
-
-MAX_RECIPE = 100_000  # characters
-MAPPINGS = ("tasks", "prompts", "label_noise")
-
-
-def _mapping(name: str, value: dict | str) -> dict:
-    """A mapping from a recipe, or from the command line as JSON."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{name} {value}: not JSON ({error}); write it like '{{\"asr\": 1}}'") from error
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{name} must map names to values, found {value!r}")
-    return found
 
 
 class TimeBudget(TrainerCallback, ExportableState):
@@ -496,78 +340,6 @@ def mean_loss(found: EvalPrediction) -> dict[str, float]:
     return {"loss": float(found.predictions.sum(dtype=np.float64) / found.label_ids.sum())}
 
 
-def parse_recipe(argv: list[str]) -> tuple[SenseArguments, TrainingArguments]:
-    """
-    A recipe's path or name, then overrides.
-
-    Raises:
-        ValueError: the recipe is missing, no mapping, or has a field that nobody knows.
-    """
-    parser = HfArgumentParser((SenseArguments, TrainingArguments))
-    if not argv or argv[0].startswith("-"):
-        return parser.parse_args_into_dataclasses(argv)
-    recipe = find_recipe(argv[0])
-    fields = read_recipe(recipe)
-    # YAML reads 1e-3 as text: argparse converts text defaults as it would command-line values.
-    parser.set_defaults(**fields)
-    try:
-        return parser.parse_args_into_dataclasses(argv[1:])
-    except (TypeError, AttributeError, KeyError, OverflowError) as error:  # of checks in transformers and here
-        raise ValueError(f"{recipe}: a field has a value of another kind than it takes ({error})") from error
-
-
-def read_recipe(recipe: Path) -> dict:
-    """
-    The fields of a recipe, as YAML reads them.
-
-    Raises:
-        ValueError: it is no YAML, has aliases, is no mapping, or has a field that nobody knows or whose value is a
-            list or mapping where it takes none.
-    """
-    try:
-        text = recipe.read_text(encoding="utf-8")
-        _check_growth(text)
-        fields = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{recipe}: not readable as a recipe ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{recipe} must hold `field: value` lines, found {type(fields).__name__}")
-    known = {f.name: f for kind in (SenseArguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init}
-    for name, value in fields.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{recipe}: unknown field {name!r}{hint}")
-        kinds = str(known[name].type)
-        if isinstance(value, dict | list) and name not in MAPPINGS and "dict" not in kinds and "list" not in kinds:
-            raise ValueError(f"{recipe}: {name} takes one value, found {value!r}")
-    return fields
-
-
-def _check_growth(text: str):
-    """Raises ValueError for YAML that takes more time or memory than its letters."""
-    if len(text) > MAX_RECIPE:
-        raise ValueError(f"{len(text):,} characters, the limit is {MAX_RECIPE:,}")
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them, each of several others, stand for gigabytes
-            raise ValueError("it has an alias, such as *name: write its value out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 20:  # with each bracket that is open, PyYAML gets slower
-            raise ValueError("lists or mappings more than 20 deep")
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe that is named by its path, or one of `recipes/` by its name there, such as quickstart or mini/1_asr."""
-    home = Path(__file__).resolve().parent / "recipes"
-    for recipe in (Path(name), home.parent / name, home / f"{name}.yaml"):
-        if recipe.is_file():
-            return recipe
-    paths = (path.relative_to(home) for path in home.rglob("*.yaml") if path.parent.name != "accelerate")
-    names = sorted(path.with_suffix("").as_posix() for path in paths)
-    raise ValueError(f"there is no recipe {name}; name a YAML file, or one of {', '.join(names)}")
-
-
 def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, SenseProcessor]:
     """Backbones with a new adapter (and LoRA), or the model of an earlier stage; and the processor."""
     with PartialState().main_process_first():  # one process downloads
@@ -709,144 +481,6 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
         return None, None
     how = {"folder": args.encoder_cache, "storage": args.encoder_cache_storage}
     return build_cache(model, processor, train, speeds=args.speeds, **how), build_cache(model, processor, dev, **how)
-
-
-class Mixture(torch.utils.data.Dataset):
-    """
-    The questions of a training epoch, a row each with its `task`. Where a task shows some of its rows only,
-    `set_epoch`, which Trainer calls, draws others. What is drawn, also for a row's augmentation (`seed`), depends
-    on the seed, the epoch and the row alone: it is the same in a run that goes on from a checkpoint, and on any number
-    of processes and workers.
-    """
-
-    def __init__(self, args: SenseArguments, rows, audio_tokens: list[int], tasks, tokenizer, seed: int):
-        self.rows, self.tasks, self.seed = rows, tasks, seed
-        self.weights, self.balance = args.tasks, args.balance_classes
-        self.labels = list(rows.select_columns(["text", "entities", "sentiment"]))
-        self.audio_tokens = audio_tokens
-        self.answer_tokens = {name: count_answer_tokens(self.labels, tasks[name], tokenizer) for name in args.tasks}
-        self.lengths: list[int] = []
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-        self.pairs = mix(self.labels, self.tasks, self.weights, self.balance, self.seed + epoch)
-        # In place: the sampler holds this list.
-        self.lengths[:] = [self.audio_tokens[row] + self.answer_tokens[task][row] for row, task in self.pairs]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict:
-        row, task = self.pairs[index]
-        return {**self.rows[row], "task": task, "seed": f"{self.seed}/{self.epoch}/{index}"}
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """
-    Questions without an end, from rows that are read as they come: each row for each task that it has a label for, as
-    often as the recipe says; where that is no whole number, by chance. Every process and every worker of its loader
-    reads rows of its own: other files of the dataset, or where these do not divide every so many-th row.
-
-    Args:
-        args: of the recipe.
-        rows: a stream of the project's schema.
-        tasks: by name.
-        seed: of order and chances.
-        batch_size: rows of one process's batch.
-        batches: of each process that are left out, since an earlier run learnt from them. With several workers the
-            next ones may come in another order.
-    """
-
-    def __init__(self, args: SenseArguments, rows, tasks, seed: int, batch_size: int, batches: int = 0):
-        state = PartialState()
-        # One file after the other, in another order each time: Arrow reads whole files ahead, of all that are open.
-        shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer, max_buffer_input_shards=1)
-        self.rows = split_dataset_by_node(shuffled, state.process_index, state.num_processes)
-        self.tasks, self.weights = tasks, args.tasks
-        self.seed, self.batch_size, self.batches = f"{seed}/{state.process_index}", batch_size, batches
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        index, number = (worker.id, worker.num_workers) if worker else (0, 1)
-        known = len(range(index, self.batches, number)) * self.batch_size  # workers take turns, batch by batch
-        return itertools.islice(self._ask(random.Random(f"{self.seed}/{index}")), known, None)
-
-    def _ask(self, rng: random.Random):
-        for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
-            labelled = 0
-            for row in self.rows:
-                for name, weight in self.weights.items():
-                    if self.tasks[name].target(row) is not None:
-                        labelled += 1
-                        yield from [{**row, "task": name}] * (int(weight) + (rng.random() < weight % 1))
-            if not labelled:
-                raise ValueError(f"not one row of the stream has a label for {', '.join(self.weights)}")
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """
-    The order of an epoch: drawn from the seed and the epoch's number alone, so that all processes draw the same, and
-    a run that is resumed what it drew before.
-
-    Args:
-        mixture: knows the epoch.
-        seed: of the recipe.
-        step: rows of an optimiser's step, to be of about the same length; None: any.
-    """
-
-    def __init__(self, mixture: Mixture, seed: int, step: int | None):
-        self.mixture, self.seed, self.step = mixture, seed, step
-
-    def set_epoch(self, epoch: int):
-        # accelerate tells the sampler or the dataset, depending on the number of processes: both must know.
-        self.mixture.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.mixture.epoch)
-        if self.step is None:
-            return iter(torch.randperm(len(self), generator=generator).tolist())
-        return iter(LengthGroupedSampler(self.step, lengths=self.mixture.lengths, generator=generator))
-
-
-def count_audio_tokens(rows, cache, processor) -> list[int]:
-    """Of each row's clip; without a cache by its duration, one that is not known counts as 30 s."""
-    if cache:
-        return cache.lengths
-    rate = processor.feature_extractor.sampling_rate
-    seconds = [min(MAX_SECONDS, duration or MAX_SECONDS) for duration in rows["duration"]]
-    return [processor.num_tokens(max(1, round(s * rate))) for s in seconds]
-
-
-def usual_length(durations: list[float | None]) -> float:
-    """
-    The length that three of four clips stay below, in whole seconds; where none is known, 30. It bounds the windows
-    that long recordings are cut into (docs/long_recordings.md).
-    """
-    known = [seconds for seconds in durations if seconds is not None]
-    return min(MAX_SECONDS, max(1, math.ceil(np.percentile(known, 75)))) if known else MAX_SECONDS
-
-
-def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
-    """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
-    answers = [task.target(row) or "" for row in labels]
-    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
-
-
-def ask_once(rows, tasks):
-    """Each row once for each task that it has a label for."""
-    pairs = mix(list(rows.select_columns(["text", "entities", "sentiment"])), tasks, dict.fromkeys(tasks, 1.0))
-    return rows.select([row for row, _ in pairs]).add_column("task", [name for _, name in pairs])
-
-
-def spread(rows, number: int | None):
-    """So many rows, evenly spaced; all by default."""
-    number = min(number or len(rows), len(rows))
-    return rows.select([i * len(rows) // number for i in range(number)])
 
 
 def start_adapter(args: SenseArguments, model, processor, train):

@@ -21,6 +21,7 @@ from modeling_sense import SenseConfig, SenseForConditionalGeneration
 from modeling_sense.modeling_sense import is_trained
 
 from .backbones import resolve_backbone
+from .recipe import parse_recipe
 from .report import markdown_table
 
 
@@ -144,8 +145,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--text_tokens", type=int, default=60, help="of prompt and answer, as the batch is padded")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     known = parser.parse_args(argv)
-    from train_sense import parse_recipe  # it imports this package
-
     args, training = parse_recipe([known.recipe, "--dataset_dir", "any", "--use_cpu", "true"])
     fields: dict = {name: getattr(args, name) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
     fields |= {"per_device_train_batch_size": training.per_device_train_batch_size, "bf16": training.bf16}

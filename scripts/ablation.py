@@ -28,9 +28,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from processing.recipe import SenseArguments  # noqa: E402
 from processing.report import comparison, markdown_table, plot_comparison, plot_curves, save_png, write_text  # noqa: E402
 from processing.scoring import HEADLINES  # noqa: E402
-from train_sense import SenseArguments  # noqa: E402
 
 
 def read_recipe(path: Path, chosen: list[str] | None) -> dict:

@@ -19,6 +19,7 @@ import eval_sense
 import sense_cli
 import train_sense
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
+from processing.recipe import find_recipe
 from tests.conftest import tone, wav, write_corpus
 from tests.processing.test_subtitles import read_srt, read_vtt
 
@@ -249,12 +250,12 @@ def test_help_of_the_scripts(command, option, monkeypatch):
 
 def test_recipes_go_by_path_or_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train_sense.find_recipe("quickstart") == ROOT / "recipes" / "quickstart.yaml"
-    assert train_sense.find_recipe("mini/1_asr") == train_sense.find_recipe("recipes/mini/1_asr.yaml")
+    assert find_recipe("quickstart") == ROOT / "recipes" / "quickstart.yaml"
+    assert find_recipe("mini/1_asr") == find_recipe("recipes/mini/1_asr.yaml")
     (tmp_path / "quickstart").write_text("one's own")
-    assert train_sense.find_recipe("quickstart") == Path("quickstart")
+    assert find_recipe("quickstart") == Path("quickstart")
     with pytest.raises(ValueError, match="there is no recipe fast; .*, mini/1_asr, .*, quickstart"):
-        train_sense.find_recipe("fast")
+        find_recipe("fast")
 
 
 def test_entities_are_coloured_where_they_stand():

@@ -63,9 +63,9 @@ def test_an_installed_wheel_is_whole(built, tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", wheel], check=True, env=alone)
     borrowed = {**alone, "PYTHONPATH": sysconfig.get_path("purelib")}
     script = (
-        "import modeling_sense, processing, train_sense\n"
+        "import modeling_sense, processing, train_sense\nfrom processing import recipe\n"
         "assert all('venv' in module.__file__ for module in (modeling_sense, processing, train_sense))\n"
-        "print(train_sense.find_recipe('mini/1_asr'))"
+        "print(recipe.find_recipe('mini/1_asr'))"
     )
     how = {"cwd": tmp_path, "env": borrowed, "check": True, "capture_output": True, "text": True}
     assert subprocess.run([python, "-c", script], **how).stdout.strip().endswith("recipes/mini/1_asr.yaml")

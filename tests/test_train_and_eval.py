@@ -22,6 +22,7 @@ from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import report
 from processing.datasets import load_corpus
 from processing.hub import export_model, load_checkpoint
+from processing.questions import Mixture, spread, usual_length
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
@@ -445,7 +446,7 @@ def test_epochs_draw_other_rows_as_often():
     args, rows = SimpleNamespace(tasks={"asr": 0.5, "sa": 1.5}, balance_classes=False), make_corpus(20)
     tokenizer = make_tokenizer()
     tasks = make_tasks({"asr": "Write.", "sa": "Which?"})
-    mixture = train_sense.Mixture(args, rows, list(range(100, 120)), tasks, tokenizer, seed=0)
+    mixture = Mixture(args, rows, list(range(100, 120)), tasks, tokenizer, seed=0)
     epochs = []
     for epoch in (0, 1, 2, 1):
         mixture.set_epoch(epoch)
@@ -466,8 +467,8 @@ def test_processes_that_do_not_save_write_nothing(tmp_path):
 
 def test_rows_that_are_scored_are_spread_over_the_split():
     rows = make_corpus(11)
-    assert train_sense.spread(rows, 4)["id"] == ["clip-0", "clip-2", "clip-5", "clip-8"]
-    assert len(train_sense.spread(rows, None)) == len(train_sense.spread(rows, 99)) == 11
+    assert spread(rows, 4)["id"] == ["clip-0", "clip-2", "clip-5", "clip-8"]
+    assert len(spread(rows, None)) == len(spread(rows, 99)) == 11
 
 
 def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
@@ -562,9 +563,9 @@ def test_accumulated_and_shared_out_steps_have_the_gradients_of_the_full_batch(r
 
 
 def test_what_a_run_tells_those_who_ask_its_model(recipe, tmp_path):
-    assert train_sense.usual_length([2.0, 4.0, 6.0, 8.0, None]) == 7  # 6.5 s is the third quartile
-    assert train_sense.usual_length([0.3]) == 1 and train_sense.usual_length([200.0]) == 30
-    assert train_sense.usual_length([None]) == 30
+    assert usual_length([2.0, 4.0, 6.0, 8.0, None]) == 7  # 6.5 s is the third quartile
+    assert usual_length([0.3]) == 1 and usual_length([200.0]) == 30
+    assert usual_length([None]) == 30
     train_sense.main([recipe(entity_tags="raw"), "--max_steps", "1"])
     saved = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert saved["chunk_length_s"] == 2 and saved["entity_tags"] == "raw"

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-import train_sense
 from modeling_sense.modeling_sense import ADAPTER_CONFIG, read_adapter_config
-from processing import datasets
+from processing import datasets, recipe
 from processing.annotation.prompting import ANNOTATIONS, Unreadable
 from processing.long_audio import read_blocks
 from processing.processing_sense import LOUDEST, load_audio, open_audio
@@ -89,7 +88,7 @@ def recipes_are_read(content: bytes, folder: Path):
     path = folder / "recipe.yaml"
     path.write_bytes(content)
     try:
-        train_sense.read_recipe(path)
+        recipe.read_recipe(path)
     except ValueError as error:
         assert str(path) in str(error) and len(str(error)) < 10_000 + 10 * len(content)
 

@@ -23,11 +23,11 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-import train_sense
 from processing import SenseProcessor
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.processing_sense import AUDIO_TOKEN
+from processing.questions import Stream
 from processing.tasks import make_tasks
 from tests.conftest import make_tokenizer
 from tests.processes import launch
@@ -73,7 +73,7 @@ def read(folder: str, rows: int, report: str):
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
     processor = SenseProcessor(extractor, tokenizer, num_audio_tokens=8, prompts=PROMPTS)
-    stream = train_sense.Stream(args, load_corpus(folder, "train", streaming=True), tasks, 0, BATCH)
+    stream = Stream(args, load_corpus(folder, "train", streaming=True), tasks, 0, BATCH)
     collator = SenseCollator(processor, tasks)
     batches = torch.utils.data.DataLoader(stream, batch_size=BATCH, collate_fn=collator)
     process, memory, began = psutil.Process(), {}, time.perf_counter()

@@ -17,6 +17,9 @@ import eval_sense
 import train_sense
 from benchmarks.memory import forget_peak, resident_bytes
 from modeling_sense.modeling_sense import is_trained
+from processing import questions
+from processing.datasets import load_corpus
+from processing.questions import Stream
 from processing.tasks import make_tasks
 from processing.training_memory import Setting, build_on_meta, count_states, estimate
 from tests.conftest import write_corpus
@@ -203,15 +206,15 @@ def parquet(tmp_path_factory) -> str:
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
 def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processes, workers):
     """4 files: two processes take two each; three take every third row of all."""
-    rows = train_sense.load_corpus(parquet, "train", streaming=True)
+    rows = load_corpus(parquet, "train", streaming=True)
     args, tasks = SimpleNamespace(tasks={"asr": 1}, shuffle_buffer=10), make_tasks({"asr": "Write."})
     seen = []
     for process in range(processes):
         state = SimpleNamespace(process_index=process, num_processes=processes)
-        monkeypatch.setattr(train_sense, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(questions, "PartialState", lambda state=state: state)
 
         def read(number: int, known: int) -> list[list[str]]:
-            stream = train_sense.Stream(args, rows, tasks, seed=0, batch_size=2, batches=known)
+            stream = Stream(args, rows, tasks, seed=0, batch_size=2, batches=known)
             loader = torch.utils.data.DataLoader(stream, 2, collate_fn=list, num_workers=workers)
             return [[row["text"] for row in batch] for batch in itertools.islice(loader, number)]
 
@@ -222,14 +225,14 @@ def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processe
 
 
 def test_a_stream_mixes_tasks_as_often_as_the_recipe_says(parquet):
-    rows = train_sense.load_corpus(parquet, "train", streaming=True)
+    rows = load_corpus(parquet, "train", streaming=True)
     args = SimpleNamespace(tasks={"asr": 0.25, "sa": 2}, shuffle_buffer=10)
     tasks = make_tasks({"asr": "Write.", "sa": "Which?"})
-    questions = list(itertools.islice(train_sense.Stream(args, rows, tasks, 0, 10), 540))  # of two epochs
-    assert sum(row["task"] == "asr" for row in questions) == pytest.approx(60, abs=20)
+    asked_for = list(itertools.islice(Stream(args, rows, tasks, 0, 10), 540))  # of two epochs
+    assert sum(row["task"] == "asr" for row in asked_for) == pytest.approx(60, abs=20)
     asked = SimpleNamespace(tasks={"ner": 1}, shuffle_buffer=10)  # there are no entities
     with pytest.raises(ValueError, match="not one row of the stream has a label for ner"):
-        next(iter(train_sense.Stream(asked, rows, make_tasks({"ner": "Tag."}), 0, 10)))
+        next(iter(Stream(asked, rows, make_tasks({"ner": "Tag."}), 0, 10)))
 
 
 def test_a_stream_is_read_in_flat_memory(tmp_path):

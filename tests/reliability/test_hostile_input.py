@@ -32,6 +32,7 @@ from processing.datasets import load_corpus
 from processing.hub import load_checkpoint
 from processing.long_audio import read_blocks
 from processing.processing_sense import AUDIO_TOKEN, open_audio
+from processing.questions import count_answer_tokens
 from processing.tasks import make_tasks, read_tags, write_tags
 from processing.warm_start import WordAligner
 from tests.conftest import tone, wav, write_corpus
@@ -534,7 +535,7 @@ def test_a_transcript_puts_no_control_token_into_training(parts, text):
     said = batch["labels"][0][batch["labels"][0] != -100][:-1]
     assert processor.tokenizer.decode(said) == text
     assert torch.isfinite(model(**batch).loss)  # as many audio tokens as placeholders
-    lengths = train_sense.count_answer_tokens([row], collator.tasks["asr"], processor.tokenizer)
+    lengths = count_answer_tokens([row], collator.tasks["asr"], processor.tokenizer)
     assert lengths == [len(said)]
     tagged = processor.tokenizer.decode([t for t in batch["labels"][1].tolist() if t != -100][:-1])
     assert read_tags(tagged).entities == [] and read_tags(tagged).malformed == 0

@@ -13,8 +13,11 @@ import torch
 import transformers
 
 import train_sense
+from processing.bad_rows import BadRows
 from processing.checkpoints import CHECKSUMS, UNFINISHED, find_fault, last_checkpoint, require_whole
 from processing.hub import load_checkpoint
+from processing.questions import EpochSampler, Mixture
+from processing.tasks import make_tasks
 from tests.reliability.kill_and_resume import Place, differences, kill_and_resume
 
 
@@ -188,15 +191,16 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(place, tmp_path):
     recipe = place.write_recipe("draws", "cached")
     args, training = train_sense.parse_recipe([recipe])
     model, processor = train_sense.build_model(args)
-    train = train_sense.load_split(args, "train", None)
+    bad_rows = BadRows(training=True)
+    train = train_sense.usable_rows(args, train_sense.load_split(args, "train", None, bad_rows), bad_rows)
     cache, _ = train_sense.build_caches(args, model, processor, train, train)
-    tasks = train_sense.make_tasks(args.prompts, args.tasks)
-    mixture = train_sense.Mixture(args, train, cache.lengths, tasks, processor.tokenizer, seed=3)
+    tasks = make_tasks(args.prompts, args.tasks)
+    mixture = Mixture(args, train, cache.lengths, tasks, processor.tokenizer, seed=3)
     collate = train_sense.SenseCollator(processor, tasks, cache, args.time_mask)
 
     def epoch(number: int, workers: int):
         mixture.set_epoch(number)
-        sampler = train_sense.Shuffled(mixture)
+        sampler = EpochSampler(mixture, 3, None)
         loader = torch.utils.data.DataLoader(mixture, 4, sampler=sampler, collate_fn=collate, num_workers=workers)
         return [batch["pooled_features"] for batch in loader]
 
