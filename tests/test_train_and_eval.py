@@ -26,6 +26,8 @@ from processing.questions import Mixture, spread, usual_length
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, write_corpus
+from tests.gradient_probe import write_gradients
+from tests.processes import launch
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,12 +357,6 @@ def test_shuffling_pairs_every_clip_with_another_text():
     assert [column[1:] + column[:1] for column in labels[0]] == labels[1]
 
 
-def launch(number, script, *args):
-    """On `number` processes on the CPU: `accelerate launch` starts no more than one there."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    subprocess.run([*command, str(ROOT / script), *args], env=ENVIRONMENT, check=True, timeout=300)
-
-
 ALL_TASKS = {
     "tasks": {"asr": 1, "ner": 2, "sa": 1},
     "prompts": {"asr": "Transcribe.", "ner": "Tag the entities.", "sa": "Which sentiment?"},
@@ -552,7 +548,7 @@ def test_accumulated_and_shared_out_steps_have_the_gradients_of_the_full_batch(r
     for processes, batch, parts in ((1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2)):
         out = tmp_path / f"{processes}-{parts}.safetensors"
         sizes = ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(parts)]
-        launch(processes, "tests/gradient_probe.py", str(out), path, *sizes)
+        launch(processes, write_gradients, str(out), [path, *sizes])
         found.append(load_file(out))
     assert any(name.startswith("classifier.") for name in found[0]) == (classifier is not None)
     assert all(value.abs().sum() > 0 for name, value in found[0].items() if "lora_A" not in name)  # B starts at 0
@@ -560,6 +556,15 @@ def test_accumulated_and_shared_out_steps_have_the_gradients_of_the_full_batch(r
         assert other.keys() == found[0].keys()
         for name, value in other.items():
             torch.testing.assert_close(value, found[0][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_torchrun_starts_the_script(recipe, tmp_path):
+    """As docs/distributed.md says for CPUs: `accelerate launch` starts no more than one process there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train_sense.py"), recipe(max_steps=1, eval_strategy="no", save_strategy="no")]
+    done = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("trained parameters:") == 1  # the first process alone says so
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_what_a_run_tells_those_who_ask_its_model(recipe, tmp_path):
