@@ -22,6 +22,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, exposition
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from soundfile import SoundFileError
@@ -36,6 +37,7 @@ from processing.processing_sense import MAX_SECONDS
 
 MAX_BEAMS = 8
 READERS = 2  # threads
+FORM = {"max_files": 1, "max_fields": 16, "max_part_size": 2**16}  # in bytes; fields lie in memory
 LAST_WORDS = 0.5  # seconds at the end, in which those who were connected by then are still told 503
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # of errors; others by their hundreds
 LOG = logging.getLogger("uvicorn.error")
@@ -213,7 +215,7 @@ class Service:
 
     def refuse(self, request: Request) -> Refusal | None:
         """Why a request is not let in, as far as its head tells."""
-        if not request.url.path.startswith("/v1/"):
+        if not request.scope["path"].startswith("/v1/"):
             return None
         if self.api_key is not None and not _is_key(request.headers.get("authorization", ""), self.api_key):
             return Refusal(
@@ -262,8 +264,8 @@ class Gate:
             status = message.get("status", status)
             await send(message)
 
-        request = Request(scope)
-        is_counted = request.method == "POST" and request.url.path.startswith("/v1/")
+        request, path = Request(scope), scope["path"]  # the routes' path: that of request.url heeds the Host header
+        is_counted = request.method == "POST" and path.startswith("/v1/")
         refusal = self.service.refuse(request)
         try:
             if refusal:
@@ -277,8 +279,7 @@ class Gate:
             else:
                 await self.app(scope, receive, note_status)
         finally:
-            path = request.url.path if request.url.path in self.paths else "other"
-            self.service.metrics.requests.labels(path, status).inc()
+            self.service.metrics.requests.labels(path if path in self.paths else "other", status).inc()
 
     def _bounded(self, receive):
         size, is_whole, due = 0, False, asyncio.get_running_loop().time() + self.service.upload_seconds
@@ -297,6 +298,25 @@ class Gate:
             return message
 
         return receive_some
+
+
+class SmallFormRequest(Request):
+    """Its form is a file and a few short fields."""
+
+    def form(self, **limits):
+        return super().form(**FORM)
+
+
+class SmallFormRoute(APIRoute):
+    """FastAPI reads the form of what comes to `get_route_handler`'s function."""
+
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+
+        async def handle_small_form(request: Request) -> Response:
+            return await handle(SmallFormRequest(request.scope, request.receive))
+
+        return handle_small_form
 
 
 def error_answer(error: HTTPException) -> JSONResponse:
@@ -338,7 +358,8 @@ async def unless_gone(request: Request, work: Coroutine):
 
 def make_app(service: Service) -> FastAPI:
     """The server's paths."""
-    app = FastAPI(title="SENSE", description="A small LLM that listens.", docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None)
+    app.router.route_class = SmallFormRoute
     pipe = service.pipe
 
     @app.post("/v1/audio/transcriptions")

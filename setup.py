@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]  # the language model in 8 or 4 bits
 APP = ["gradio>=6.31,<7"]  # the page
 SERVE = [  # `sense serve`
-    "fastapi>=0.115,<1",
+    "fastapi>=0.116,<1",
+    "starlette>=0.44,<2",  # bounds the parts of a form
     "uvicorn>=0.34,<1",
     "python-multipart>=0.0.18,<0.1",
     "prometheus-client>=0.21,<1",

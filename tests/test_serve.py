@@ -1,5 +1,6 @@
 """The server: what it answers, whom it turns away, and that it stops as it should."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -21,7 +22,7 @@ import sense_cli
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.subtitles import to_srt, to_vtt
 from processing.synthesis import Espeak, speak
-from serve import Server, Service
+from serve import Server, Service, make_app
 from tests.conftest import tone, wav
 from tests.reliability.load_test import Clients, hear_alone, make_clips, metrics_of, serving
 
@@ -194,11 +195,25 @@ def test_a_file_that_breaks_off(client):
 
 
 def test_other_paths_forms_and_fields(client):
+    assert client.get("/openapi.json").status_code == client.get("/docs").status_code == 404
     assert client.post(ASR, json={"file": "a.wav"}).status_code == 415
     missing = client.post(ASR, files={"sound": ("a.wav", CLIP)}).json()["error"]
     assert missing["param"] == "file" and "required" in missing["message"]
     assert client.get("/v1/elsewhere").status_code == 404 and client.get(ASR).status_code == 405
     assert client.get(ASR).json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([("file", ("a.wav", CLIP)), ("file", ("b.wav", CLIP))], "Too many files"),
+        ([("file", ("a.wav", CLIP)), *((f"field{i}", (None, "0")) for i in range(17))], "Too many fields"),
+        ([("file", ("a.wav", CLIP)), ("model", (None, "0" * 65537))], "maximum size of 64KB"),
+    ],
+)
+def test_what_lies_in_memory_of_a_form_is_little(client, parts, message):
+    answer = client.post(ASR, files=parts)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
 
 
 def test_an_upload_without_end_is_cut_while_it_comes(client):
@@ -244,6 +259,25 @@ def test_the_key_is_asked_for(pipe):
                 assert answer.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/models", headers={"authorization": "Bearer sésame".encode()}).status_code == 200
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+
+
+def test_the_host_header_is_no_way_around_the_gate(pipe):
+    service = Service(pipe, NAME, api_key="key")
+    headers = [(b"host", b"a?"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": "POST"}
+    scope |= {"path": ASR, "raw_path": ASR.encode(), "query_string": b"", "root_path": "", "headers": headers}
+    scope |= {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"--x--", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(make_app(service)(scope, receive, send))
+    service.batcher.close()
+    assert sent[0]["status"] == 401
 
 
 def test_a_model_that_was_not_trained_for_it(pipe, monkeypatch):
