@@ -204,15 +204,15 @@ def test_other_paths_forms_and_fields(client):
 
 
 @pytest.mark.parametrize(
-    "parts, message",
+    "form, message",
     [
         ([("file", ("a.wav", CLIP)), ("file", ("b.wav", CLIP))], "Too many files"),
         ([("file", ("a.wav", CLIP)), *((f"field{i}", (None, "0")) for i in range(17))], "Too many fields"),
         ([("file", ("a.wav", CLIP)), ("model", (None, "0" * 65537))], "maximum size of 64KB"),
     ],
 )
-def test_what_lies_in_memory_of_a_form_is_little(client, parts, message):
-    answer = client.post(ASR, files=parts)
+def test_what_lies_in_memory_of_a_form_is_little(client, form, message):
+    answer = client.post(ASR, files=form)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
 
 
