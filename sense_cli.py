@@ -107,7 +107,7 @@ def transcribe(
     if reference and form in ("srt", "vtt"):
         raise typer.BadParameter("goes with text and --json", param_hint="--reference")
     sources = _sources(files, form, output)
-    pipe = _load(model, device, dtype, quantize, {"asr"})
+    pipe = _load(model, device, dtype, quantize, "transcribe")
     how = {"return_entities": False, "return_sentiment": False, "return_timestamps": form != "txt" and "word"}
     results = _hear(pipe, sources, batch_size=batch_size, generate_kwargs={"num_beams": num_beams}, **how)
     _write(results, form, output, many=len(sources) > 1, reference=reference)
@@ -137,7 +137,7 @@ def understand(
     """
     form = _form(json=as_json, srt=as_srt, vtt=as_vtt)
     sources = _sources(files, form, output)
-    pipe = _load(model, device, dtype, quantize, {"ner", "sa"})
+    pipe = _load(model, device, dtype, quantize, "understand")
     how = {"return_timestamps": "word", "constrained": constrained, "generate_kwargs": {"num_beams": num_beams}}
     _write(_hear(pipe, sources, batch_size=batch_size, **how), form, output, many=len(sources) > 1)
 
@@ -195,8 +195,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Windows, of at most 30 s, heard at a time.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="That the first of a batch waits for others.")] = 10,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests taken and not yet answered; others get 429.")] = 64,
-    max_upload_mb: Annotated[float, typer.Option(min=0, help="Of a request; larger ones get 413.")] = 500,
-    max_minutes: Annotated[float, typer.Option(min=0, help="Of a recording; longer ones get 413.")] = 180,
+    max_upload_mb: Annotated[float, typer.Option(min=0.001, help="Of a request; larger ones get 413.")] = 500,
+    max_minutes: Annotated[float, typer.Option(min=0.01, help="Of a recording; longer ones get 413.")] = 180,
+    upload_seconds: Annotated[float, typer.Option(min=1, help="Within which an upload must have come.")] = 120,
     api_key_env: Annotated[
         str, typer.Option(metavar="NAME", help="Environment variable with the key that requests must give.")
     ] = "",
@@ -216,11 +217,16 @@ def serve(
         from serve import Server, Service
     except ModuleNotFoundError as error:
         _fail(f"the server needs {error.name}: pip install 'sense-asr[serve]'")
-    pipe = _load(model, device, dtype, quantize, {"asr", "ner", "sa"})
-    limits = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
-    limits |= {"max_upload": int(max_upload_mb * 1e6), "max_seconds": 60 * max_minutes}
-    name = name or "/".join(Path(model).parts[-2:])
-    Server(Service(pipe, name, language=language, api_key=api_key, **limits), host=host, port=port).run()
+    pipe = _load(model, device, dtype, quantize, "serve")
+    how = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
+    how |= {
+        "max_upload": int(max_upload_mb * 1e6),
+        "max_seconds": 60 * max_minutes,
+        "upload_seconds": upload_seconds,
+    }
+    Server(
+        Service(pipe, name or _name_of(model), language=language, api_key=api_key, **limits), host=host, port=port
+    ).run()
 
 
 @cli.command()
@@ -263,6 +269,12 @@ def export(
             _fail(error)
 
 
+def _name_of(model: str) -> str:
+    """A Hub id, or the end of a folder's path."""
+    folder = Path(model)
+    return "/".join(folder.resolve().parts[1:][-2:]) if folder.is_dir() else model
+
+
 def _run_script(module: str, context: typer.Context) -> dict:
     """Calls a script's `main` with the arguments as they were given."""
     sys.argv = [context.command_path, *context.args]  # where argparse finds the program's name
@@ -298,13 +310,14 @@ def _sources(files: list[str], form: str, output: Path | None) -> dict:
     return sources
 
 
-def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[str]):
-    """The pipeline of a model that was trained for at least one of the tasks."""
+def _load(model: str, device: str, dtype: str, quantize: str | None, command: str):
+    """The pipeline of a model that was trained for what the command needs."""
     import torch
     from transformers.utils import logging
 
     from processing import SpokenLanguageUnderstandingPipeline
     from processing.hub import load_checkpoint, start_processes
+    from processing.tasks import check_trained
 
     if device:
         try:
@@ -318,8 +331,10 @@ def _load(model: str, device: str, dtype: str, quantize: str | None, tasks: set[
         loaded, processor = load_checkpoint(model, dtype, quantize=quantize)
     except (OSError, ValueError, ImportError) as error:
         _fail(f"{model} is no model that can be loaded: {error}")
-    if not tasks & processor.prompts.keys():
-        _fail(f"{model} was trained for {', '.join(processor.prompts)}; this needs {' or '.join(sorted(tasks))}")
+    try:
+        check_trained(model, processor.prompts, command)
+    except ValueError as error:
+        _fail(error)
     return SpokenLanguageUnderstandingPipeline(loaded, processor=processor, device=loaded.device)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Coroutine
 from typing import Annotated, Literal
 
 import uvicorn
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -33,6 +32,7 @@ from processing.batching import Batcher
 from processing.long_audio import SpeechDetector
 from processing.pipeline_sense import Recording, SpokenLanguageUnderstandingPipeline
 from processing.processing_sense import MAX_SECONDS
+from processing.tasks import check_trained
 
 
 MAX_BEAMS = 8
@@ -103,6 +103,12 @@ class Transcription(Asked):
         return self.response_format in ("srt", "vtt") or "word" in self.timestamp_granularities
 
 
+class Understanding(Asked):
+    """Fields of `/v1/understand`."""
+
+    constrained: bool = Field(False, description="Keep the answer to the grammar of tags.")
+
+
 class Metrics:
     """What `/metrics` tells."""
 
@@ -150,12 +156,12 @@ class Service:
         pipe: SpokenLanguageUnderstandingPipeline,
         name: str,
         *,
-        max_batch: int = 8,
-        max_wait: float = 0.01,
-        max_queue: int = 64,
-        max_upload: int = 500_000_000,
-        max_seconds: float = 180 * 60,
-        upload_seconds: float = 120,
+        max_batch: int,
+        max_wait: float,
+        max_queue: int,
+        max_upload: int,
+        max_seconds: float,
+        upload_seconds: float,
         language: str | None = None,
         api_key: str | None = None,
     ):
@@ -169,7 +175,7 @@ class Service:
         self.metrics.accepted.set_function(lambda: self.accepted)
         # Threads that read audio: few, each holds memory of its own. Long recordings, in which the search for speech
         # may take minutes, have theirs: they hold up each other, not the short ones.
-        self.readers, self.long_readers = CapacityLimiter(READERS), CapacityLimiter(READERS)
+        self.readers, self.long_readers = asyncio.Semaphore(READERS), asyncio.Semaphore(READERS)
         SpeechDetector()  # its import sets the process's threads: not while requests are heard
 
     def _forward(self, windows: list[dict], options: dict) -> list[dict]:
@@ -191,23 +197,27 @@ class Service:
         self.metrics.audio.inc(recording.duration)
         return recording
 
-    async def _read(self, readers: CapacityLimiter, function, *args):
-        """Reads audio in a thread, once one of these is free."""
-        try:
-            return await to_thread.run_sync(function, *args, limiter=readers)
-        except ValueError as error:
-            is_audio = not isinstance(error.__cause__, SoundFileError)
-            raise Refusal(422 if is_audio else 415, str(error), "file", "invalid_audio") from error
+    async def _read(self, readers: asyncio.Semaphore, function, *args):
+        """Reads audio in a thread, once one of these is free; where it is cancelled, once the thread has ended."""
+        async with readers:
+            reading = asyncio.ensure_future(asyncio.to_thread(function, *args))
+            try:
+                return await asyncio.shield(reading)
+            except asyncio.CancelledError:
+                await asyncio.wait([reading])  # no thread reads an upload that is closed, nor stays behind uncounted
+                raise
+            except ValueError as error:
+                is_audio = not isinstance(error.__cause__, SoundFileError)
+                raise Refusal(422 if is_audio else 415, str(error), "file", "invalid_audio") from error
 
-    def check_asked(self, asked: Asked, tasks: set[str]):
-        """Raises Refusal for what this model can't answer."""
+    def check_asked(self, asked: Asked, command: str):
+        """Raises Refusal for what this model can't answer; `command` as of `check_trained`."""
         if asked.model not in (None, self.name):
             raise Refusal(404, f"no model {asked.model!r} here, but {self.name!r}", "model", "model_not_found")
-        if not tasks & self.pipe.processor.prompts.keys():
-            trained = ", ".join(self.pipe.processor.prompts)
-            raise Refusal(
-                422, f"{self.name} was trained for {trained}; this needs {' or '.join(sorted(tasks))}", "model"
-            )
+        try:
+            check_trained(self.name, self.pipe.processor.prompts, command)
+        except ValueError as error:
+            raise Refusal(422, str(error), "model") from error
         language = getattr(asked, "language", None)
         if language not in (None, self.language):
             known = f"the one it hears is {self.language!r}" if self.language else "which ones it hears is not known"
@@ -364,16 +374,17 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(request: Request, form: Annotated[Transcription, Form()]) -> Response:
-        service.check_asked(form, {"asr"})
+        service.check_asked(form, "transcribe")
         asked = {"return_entities": False, "return_sentiment": False, "return_timestamps": form.wants_words}
         asked |= {"generate_kwargs": {"num_beams": form.num_beams}}
         recording = await unless_gone(request, service.hear(form.file, **asked))
         return transcription_answer(pipe, recording, form, service.language)
 
     @app.post("/v1/understand")
-    async def understand(request: Request, form: Annotated[Asked, Form()]) -> Response:
-        service.check_asked(form, {"ner", "sa"})
-        asked = {"return_timestamps": "word", "generate_kwargs": {"num_beams": form.num_beams}}
+    async def understand(request: Request, form: Annotated[Understanding, Form()]) -> Response:
+        service.check_asked(form, "understand")
+        asked = {"return_timestamps": "word", "constrained": form.constrained}
+        asked |= {"generate_kwargs": {"num_beams": form.num_beams}}
         recording = await unless_gone(request, service.hear(form.file, **asked))
         return JSONResponse(pipe.postprocess(recording, return_timestamps="word"))
 
@@ -383,13 +394,15 @@ def make_app(service: Service) -> FastAPI:
         return {"object": "list", "data": [model]}
 
     @app.get("/health/live")
-    async def live() -> dict:
-        return {"live": True}
+    async def live() -> Response:
+        is_live = service.batcher.is_alive
+        return JSONResponse({"live": is_live}, 200 if is_live else 503)
 
     @app.get("/health")
     async def health() -> Response:
-        is_ready = not service.is_draining
-        return JSONResponse({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+        is_live = service.batcher.is_alive
+        is_ready = is_live and not service.is_draining
+        return JSONResponse({"live": is_live, "ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

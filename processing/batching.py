@@ -32,8 +32,8 @@ class Batcher:
     def __init__(
         self,
         hear: Callable[[list, dict], list],
-        max_batch: int = 8,
-        max_wait: float = 0.01,
+        max_batch: int,
+        max_wait: float,
         on_batch: Callable[[list[float], float], None] = lambda waited, seconds: None,
     ):
         self.hear, self.max_batch, self.max_wait, self.on_batch = hear, max_batch, max_wait, on_batch
@@ -49,12 +49,17 @@ class Batcher:
         """Windows that wait."""
         return len(self._waiting)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether windows are heard: until `close`, or an error of `on_batch`."""
+        return self._worker.is_alive()
+
     def submit(self, window: dict, **options) -> Future:
         """
         Puts a window in the queue. A future that is cancelled before its window's turn costs the model nothing.
 
         Raises:
-            RuntimeError: after `close`.
+            RuntimeError: after `close`, or where the worker has ended by an error of `on_batch`.
         """
         job = Job(window, options)
         with self._changed:
@@ -72,13 +77,20 @@ class Batcher:
         self._worker.join()
 
     def _work(self):
-        while (jobs := self._take()) is not None:
-            if jobs:
-                begin = time.monotonic()
-                self._answer(jobs)
-                seconds = time.monotonic() - begin
-                self.seconds_per_window += 0.1 * (seconds / len(jobs) - self.seconds_per_window)
-                self.on_batch([begin - job.since for job in jobs], seconds)
+        try:
+            while (jobs := self._take()) is not None:
+                if jobs:
+                    begin = time.monotonic()
+                    self._answer(jobs)
+                    seconds = time.monotonic() - begin
+                    self.seconds_per_window += 0.1 * (seconds / len(jobs) - self.seconds_per_window)
+                    self.on_batch([begin - job.since for job in jobs], seconds)
+        finally:  # by an error, too: nobody waits for a worker that is gone
+            with self._changed:
+                self._is_closed, left, self._waiting = True, self._waiting, []
+            for job in left:
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(RuntimeError("this batcher's worker has ended by an error"))
 
     def _take(self) -> list[Job] | None:
         """The next batch, once it is full or its first window has waited long enough; None at the end."""
@@ -100,6 +112,7 @@ class Batcher:
         """Where a batch fails, each is heard alone: who can't be heard costs the others time, not their answer."""
         try:
             found = self.hear([job.window for job in jobs], jobs[0].options)
+            answers = list(zip(jobs, found, strict=True))
         except Exception as error:  # whatever the model raises is for who asked; the worker goes on
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
@@ -107,7 +120,7 @@ class Batcher:
                 for job in jobs:
                     self._answer([job])
         else:
-            for job, heard in zip(jobs, found, strict=True):
+            for job, heard in answers:
                 job.future.set_result(heard)
 
 

@@ -128,6 +128,16 @@ class SentimentTask(Task):
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (TranscriptTask, EntityTask, SentimentTask)}
+# By command: the tasks that a model must be trained for, of one set all.
+NEEDED = {"transcribe": ({"asr"},), "understand": ({"ner"}, {"asr", "sa"}), "serve": ({"asr"}, {"ner"})}
+
+
+def check_trained(model: str, trained: Iterable[str], command: str):
+    """Raises ValueError where a model, by the tasks it was trained for, can't do what a command of `sense` asks."""
+    trained = list(trained)
+    if not any(tasks.issubset(trained) for tasks in NEEDED[command]):
+        needed = ", or ".join(" and ".join(sorted(tasks)) for tasks in NEEDED[command])
+        raise ValueError(f"{model} was trained for {', '.join(trained)}; this needs {needed}")
 
 
 def make_tasks(prompts: dict[str, str], names: Iterable[str] | None = None) -> dict[str, Task]:

@@ -30,6 +30,8 @@ from tests.reliability.load_test import Clients, hear_alone, make_clips, metrics
 NAME = "tiny/sense"
 ASR = "/v1/audio/transcriptions"
 CLIP = wav(tone(0.8))
+LIMITS = {"max_batch": 8, "max_wait": 0.01, "max_queue": 64}
+LIMITS |= {"max_upload": 500_000_000, "max_seconds": 180 * 60, "upload_seconds": 120}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def pipe(parts) -> SpokenLanguageUnderstandingPipeline:
 @contextlib.contextmanager
 def served(pipe, **limits):
     """A server of this process: a client for it, and its service."""
-    service = Service(pipe, NAME, **limits)
+    service = Service(pipe, NAME, **LIMITS | limits)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         server = Server(service, log_level="critical")
@@ -121,6 +123,14 @@ def test_understand_answers_what_the_pipeline_hears(client, pipe):
     true = json.loads(json.dumps(pipe(CLIP, return_timestamps="word")))
     assert {"text", "entities", "sentiment", "chunks"} <= true.keys()
     assert ask(client, "/v1/understand", model=NAME).json() == true
+
+
+def test_understanding_is_constrained_on_demand(client, pipe):
+    free, kept = (json.loads(json.dumps(pipe(CLIP, return_timestamps="word", constrained=on))) for on in (False, True))
+    assert ask(client, "/v1/understand", constrained="true").json() == kept != free
+    assert ask(client, "/v1/understand", constrained="false").json() == free
+    assert ask(client, "/v1/understand", constrained="some").json()["error"]["param"] == "constrained"
+    assert ask(client, constrained="true").json()["error"]["message"] == "constrained: there is no such field"
 
 
 def test_long_recordings_go_through_windows(client, pipe):
@@ -262,7 +272,7 @@ def test_the_key_is_asked_for(pipe):
 
 
 def test_the_host_header_is_no_way_around_the_gate(pipe):
-    service = Service(pipe, NAME, api_key="key")
+    service = Service(pipe, NAME, **LIMITS, api_key="key")
     headers = [(b"host", b"a?"), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": "POST"}
     scope |= {"path": ASR, "raw_path": ASR.encode(), "query_string": b"", "root_path": "", "headers": headers}
@@ -284,8 +294,11 @@ def test_a_model_that_was_not_trained_for_it(pipe, monkeypatch):
     with served(pipe) as (client, _):
         monkeypatch.setattr(pipe.processor, "prompts", {"asr": "words?"})
         answer = ask(client, "/v1/understand")
-        assert answer.status_code == 422 and "was trained for asr; this needs ner or sa" in answer.text
+        assert answer.status_code == 422 and "was trained for asr; this needs ner, or asr and sa" in answer.text
         assert "which ones it hears is not known" in ask(client, language="en").text
+        monkeypatch.setattr(pipe.processor, "prompts", {"sa": "how?"})
+        for path in (ASR, "/v1/understand"):
+            assert ask(client, path).status_code == 422
 
 
 # ---------------------------------------------------------------- many at once
@@ -375,6 +388,39 @@ def test_who_hangs_up_is_not_heard(pipe, monkeypatch):
         assert f'sense_requests_total{{path="{ASR}",status="499"}} 1.0' in client.get("/metrics").text
 
 
+def test_a_thread_that_reads_ends_before_its_upload_is_closed(pipe, monkeypatch):
+    free, begun, preprocess, seen = threading.Event(), threading.Event(), pipe.preprocess, []
+
+    def open_slowly(audio, *args):
+        begun.set()
+        assert free.wait(60)
+        seen.append(audio["bytes"].closed)
+        return preprocess(audio, *args)
+
+    monkeypatch.setattr(pipe, "preprocess", open_slowly)
+    with served(pipe) as (client, service):
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(ASR, files={"file": ("a.wav", CLIP)}, timeout=0.5)
+        assert begun.wait(60)
+        time.sleep(0.5)
+        assert service.accepted == 1
+        free.set()
+        wait_until(lambda: service.accepted == 0)
+        assert seen == [False]
+
+
+def test_a_server_whose_worker_is_gone_says_so(pipe, monkeypatch):
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
+    with served(pipe) as (client, service):
+        assert client.get("/health/live").json() == {"live": True}
+        monkeypatch.setattr(service.batcher, "on_batch", lambda waited, seconds: 1 / 0)
+        assert ask(client).status_code == 200
+        wait_until(lambda: not service.batcher.is_alive)
+        for path in ("/health", "/health/live"):
+            assert client.get(path).status_code == 503 and not client.get(path).json()["live"]
+        assert ask(client).status_code == 500
+
+
 def test_stopping_answers_those_who_were_accepted_and_no_others(pipe, monkeypatch):
     held = Held(pipe, monkeypatch)
     with served(pipe) as (client, _), ThreadPoolExecutor(3) as pool:
@@ -458,11 +504,26 @@ def test_options_reach_the_server(saved, monkeypatch):
     monkeypatch.setenv("TINY_KEY", "open")
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     words = "--host 127.0.0.2 --port 8123 --name tiny --language en --max-batch 3 --max-wait-ms 7 --max-queue 5"
-    words += " --max-upload-mb 2 --max-minutes 4 --api-key-env TINY_KEY"
+    words += " --max-upload-mb 2 --max-minutes 4 --upload-seconds 6 --api-key-env TINY_KEY"
     found = CliRunner().invoke(sense_cli.cli, ["serve", saved, *words.split()])
     assert found.exit_code == 0, found.output
     server, service = made["server"], made["server"].service
     assert (server.config.host, server.config.port) == ("127.0.0.2", 8123)
     assert (service.name, service.language, service.api_key) == ("tiny", "en", "open")
-    assert (service.max_queue, service.max_upload, service.max_seconds) == (5, 2_000_000, 240)
+    assert (service.max_queue, service.max_upload, service.max_seconds, service.upload_seconds) == (
+        5,
+        2_000_000,
+        240,
+        6,
+    )
     assert (service.batcher.max_batch, service.batcher.max_wait) == (3, 0.007)
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [("org/model", "org/model"), ("work/of/one", "of/one"), ("work/of/one/..", "work/of"), ("/", ""), ("/tmp", "tmp")],
+)
+def test_a_model_is_named_by_its_id_or_where_it_lies(model, name, tmp_path, monkeypatch):
+    (tmp_path / "work/of/one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert sense_cli._name_of(model) == name

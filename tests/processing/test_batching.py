@@ -25,7 +25,7 @@ def make(batches):
             time.sleep(0.002)
             return [(window["number"], options) for window in windows]
 
-        made.append(Batcher(how.pop("hear", hear), **how))
+        made.append(Batcher(**{"hear": hear, "max_batch": 8, "max_wait": 0.01} | how))
         return made[-1]
 
     yield make
@@ -79,6 +79,27 @@ def test_what_fails_fails_alone_and_what_was_cancelled_is_not_heard(make):
     batcher.close()
     assert not any(5 in numbers for numbers in seen)
     assert told == [(1, True), (3, True)] and batcher.seconds_per_window > 0
+
+
+def test_who_gets_no_answer_is_told_and_the_worker_goes_on(make):
+    batcher = make(hear=lambda windows, options: windows[1:], max_wait=0.2)
+    for future in [batcher.submit({"number": number}) for number in range(2)]:
+        with pytest.raises(ValueError, match="zip"):
+            future.result(10)
+    assert batcher.is_alive
+
+
+def test_nobody_waits_for_a_worker_that_is_gone(make, monkeypatch):
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
+    batcher = make(max_batch=1, on_batch=lambda waited, seconds: 1 / 0)
+    first, second = (batcher.submit({"number": number}) for number in (1, 2))
+    assert first.result(10)[0] == 1
+    with pytest.raises(RuntimeError, match="ended by an error"):
+        second.result(10)
+    batcher.close()
+    assert not batcher.is_alive
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit({"number": 3})
 
 
 def test_closing_hears_what_waits_and_takes_no_more(make):
