@@ -218,15 +218,12 @@ def serve(
     except ModuleNotFoundError as error:
         _fail(f"the server needs {error.name}: pip install 'sense-asr[serve]'")
     pipe = _load(model, device, dtype, quantize, "serve")
-    how = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
-    how |= {
-        "max_upload": int(max_upload_mb * 1e6),
-        "max_seconds": 60 * max_minutes,
-        "upload_seconds": upload_seconds,
-    }
-    Server(
-        Service(pipe, name or _name_of(model), language=language, api_key=api_key, **limits), host=host, port=port
-    ).run()
+    limits = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
+    limits |= {"max_upload": int(max_upload_mb * 1e6), "max_seconds": 60 * max_minutes}
+    service = Service(
+        pipe, name or _name_of(model), **limits, upload_seconds=upload_seconds, language=language, api_key=api_key
+    )
+    Server(service, host=host, port=port).run()
 
 
 @cli.command()

@@ -13,6 +13,7 @@ from processing.tasks import (
     RAW_TAGS,
     SENTIMENTS,
     Answer,
+    check_trained,
     combine,
     make_tasks,
     mix,
@@ -167,3 +168,22 @@ def test_mix_is_seeded_and_wants_labels():
 def test_answers_are_bounded_by_the_length_of_the_clip():
     assert TASKS["sa"].most_tokens(30) == 16 and TASKS["asr"].most_tokens(30) < TASKS["ner"].most_tokens(30)
     assert set(SENTIMENTS) == {"Negative", "Neutral", "Positive"}
+
+
+@pytest.mark.parametrize(
+    "trained, commands",
+    [
+        ("asr", {"transcribe", "serve"}),
+        ("ner", {"understand", "serve"}),
+        ("sa", set()),
+        ("asr sa", {"transcribe", "understand", "serve"}),
+        ("ner sa", {"understand", "serve"}),
+    ],
+)
+def test_what_models_are_let_into_by_their_tasks(trained, commands):
+    for command in ("transcribe", "understand", "serve"):
+        if command in commands:
+            check_trained("m", trained.split(), command)
+        else:
+            with pytest.raises(ValueError, match="m was trained for .*; this needs "):
+                check_trained("m", trained.split(), command)
