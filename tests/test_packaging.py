@@ -49,7 +49,7 @@ def test_archives_hold_all_files(built):
     names = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     packaged = {name for name in names if name.startswith(("modeling_sense/", "processing/", "recipes/"))}
     assert packaged and packaged <= held
-    assert {"app.py", "eval_sense.py", "sense_cli.py", "train_sense.py", "annotate_sense.py"} <= held
+    assert {"app.py", "eval_sense.py", "sense_cli.py", "serve.py", "train_sense.py", "annotate_sense.py"} <= held
     beside = ("tests/", "docs/", "benchmarks/", "scripts/")
     assert packaged | {name for name in names if name.startswith(beside)} | {"Makefile", "mkdocs.yml"} <= sources
 
