@@ -31,9 +31,12 @@ from processing import subtitles
 from processing.batching import Batcher
 from processing.long_audio import SpeechDetector
 from processing.pipeline_sense import Recording, SpokenLanguageUnderstandingPipeline
+from processing.processing_sense import MAX_SECONDS
 
 
 MAX_BEAMS = 8
+READERS = 2  # threads
+LAST_WORDS = 0.5  # seconds at the end, in which those who were connected by then are still told 503
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # of errors; others by their hundreds
 LOG = logging.getLogger("uvicorn.error")
 
@@ -162,7 +165,9 @@ class Service:
         self.batcher = Batcher(self._forward, max_batch, max_wait, self.metrics.on_batch)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
         self.metrics.accepted.set_function(lambda: self.accepted)
-        self.readers = CapacityLimiter(max_queue)  # threads: nobody who was accepted waits for one
+        # Threads that read audio: few, each holds memory of its own. Long recordings, in which the search for speech
+        # may take minutes, have theirs: they hold up each other, not the short ones.
+        self.readers, self.long_readers = CapacityLimiter(READERS), CapacityLimiter(READERS)
         SpeechDetector()  # its import sets the process's threads: not while requests are heard
 
     def _forward(self, windows: list[dict], options: dict) -> list[dict]:
@@ -174,19 +179,20 @@ class Service:
         no more than one place in each. `asked` are the pipeline's options.
         """
         audio = {"bytes": file.file, "path": file.filename or "file"}
-        recording = await self._read(self.pipe.preprocess, audio, None, None, False)
+        recording = await self._read(self.readers, self.pipe.preprocess, audio, None, None, False)
         if recording.duration > self.max_seconds:
             minutes = f"{recording.duration / 60:.0f} minutes; up to {self.max_seconds / 60:g} are taken"
             raise Refusal(413, f"{audio['path']} lasts {minutes}", "file", "recording_too_long")
-        while (window := await self._read(next, recording.windows, None)) is not None:
+        readers = self.readers if recording.duration <= MAX_SECONDS else self.long_readers
+        while (window := await self._read(readers, next, recording.windows, None)) is not None:
             recording.heard.append(await asyncio.wrap_future(self.batcher.submit(window, **asked)))
         self.metrics.audio.inc(recording.duration)
         return recording
 
-    async def _read(self, function, *args):
-        """Reads audio in a thread."""
+    async def _read(self, readers: CapacityLimiter, function, *args):
+        """Reads audio in a thread, once one of these is free."""
         try:
-            return await to_thread.run_sync(function, *args, limiter=self.readers)
+            return await to_thread.run_sync(function, *args, limiter=readers)
         except ValueError as error:
             is_audio = not isinstance(error.__cause__, SoundFileError)
             raise Refusal(422 if is_audio else 415, str(error), "file", "invalid_audio") from error
@@ -432,6 +438,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or is_drained
 
     async def shutdown(self, sockets=None):
+        if not self.force_exit:
+            for listener in self.servers:
+                listener.close()
+            await asyncio.sleep(LAST_WORDS)
         await super().shutdown(sockets)
         if not self.force_exit:
             self.service.batcher.close()

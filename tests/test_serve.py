@@ -302,6 +302,31 @@ def test_a_clip_that_the_model_fails_on_costs_the_others_nothing(pipe, monkeypat
         assert error["type"] == "server_error" and "secret" not in others[1].result().text
 
 
+def test_long_recordings_hold_up_no_short_ones(pipe, monkeypatch):
+    free, begun, preprocess = threading.Event(), threading.Event(), pipe.preprocess
+
+    def stuck(windows):
+        begun.set()
+        assert free.wait(60)
+        yield from windows
+
+    def open_slowly(*args):
+        recording = preprocess(*args)
+        if recording.duration > 30:
+            recording.windows = stuck(recording.windows)
+        return recording
+
+    monkeypatch.setattr(pipe, "preprocess", open_slowly)
+    silence = wav(np.zeros(31 * 1000), 1000)
+    with served(pipe) as (client, service), ThreadPoolExecutor(4) as pool:
+        long = [pool.submit(ask, client, content=silence) for _ in range(4)]
+        assert begun.wait(60)
+        wait_until(lambda: service.accepted == 4)
+        assert ask(client).status_code == 200
+        free.set()
+        assert [each.result().json()["text"] for each in long] == [""] * 4
+
+
 def test_who_hangs_up_is_not_heard(pipe, monkeypatch):
     held = Held(pipe, monkeypatch)
     with served(pipe) as (client, service), ThreadPoolExecutor(2) as pool:

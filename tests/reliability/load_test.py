@@ -194,18 +194,19 @@ class Clients:
         return self.tally
 
     def _ask_on(self, client: int):
-        rng = random.Random(client)
-        while not self.stopped.is_set():
-            is_long = rng.random() < LONG_SHARE
-            wait = self._ask(self.number if is_long else client, rng.choice(self.kinds))
-            self.stopped.wait(wait)
+        rng, limits = random.Random(client), httpx.Limits(max_keepalive_connections=0)  # a connection for each request
+        with httpx.Client(base_url=self.address, timeout=300, limits=limits) as http:
+            while not self.stopped.is_set():
+                is_long = rng.random() < LONG_SHARE
+                wait = self._ask(http, self.number if is_long else client, rng.choice(self.kinds))
+                self.stopped.wait(wait)
 
-    def _ask(self, clip: int, kind: str) -> float:
+    def _ask(self, http: httpx.Client, clip: int, kind: str) -> float:
         """One request; the seconds to wait before the next."""
         path, fields = KINDS[kind]
         files, begin = {"file": (f"{clip}.wav", self.clips[clip])}, time.monotonic()
         try:
-            answer = httpx.post(f"{self.address}{path}", files=files, data=fields, timeout=300)
+            answer = http.post(path, files=files, data=fields)
         except httpx.ConnectError:  # never taken
             with self.lock:
                 self.tally.statuses["no server"] += 1
