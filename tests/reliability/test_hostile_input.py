@@ -191,7 +191,7 @@ def test_any_upload_ends_in_words(pipe, tmp_path_factory, content):
 
 
 def test_the_parsers_stand_coverage_guided_fuzzing(tmp_path):
-    command = [sys.executable, "tests/reliability/fuzz_parsers.py", "--seconds", "8", "--findings", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.reliability.fuzz_parsers", "--seconds", "8", "--findings", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stdout.count("no finding") == 8, ran.stdout + ran.stderr[-2000:]
     assert all(int(line.split()[1].replace(",", "")) > 10 for line in ran.stdout.splitlines())
