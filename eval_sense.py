@@ -113,8 +113,8 @@ def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int =
     """What Whisper's own decoder hears. `source` is a Hub id or folder of a Whisper checkpoint."""
     whisper = load_safely(WhisperForConditionalGeneration.from_pretrained, source, dtype=torch.float32)
     whisper = whisper.to(device).eval()
-    extractor = AutoProcessor.from_pretrained(source).feature_extractor
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    extractor = AutoProcessor.from_pretrained(source, trust_remote_code=False).feature_extractor
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     language = {"language": "en", "task": "transcribe"} if whisper.generation_config.is_multilingual else {}
 
     def answer(rows: list[dict]) -> list[str]:

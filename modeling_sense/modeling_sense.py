@@ -728,7 +728,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             # Code that came with the model is trusted already.
             from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
             processor = AutoProcessor.from_pretrained(
-                self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub or None
+                self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub
             )
         inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})

@@ -10,6 +10,8 @@ optional silence between words, is the alignment. Our own method; docs/word_time
 import numpy as np
 import torch
 
+from .processing_sense import text_ids
+
 
 SILENCE = 0.3  # what a frame without a word scores, in standard deviations above a token's mean; found on dev clips
 
@@ -50,8 +52,7 @@ def word_times(
 
 def word_pieces(words: list[str], tokenizer) -> list[list[int]]:
     """The token ids of each word of a text: all but the first with the space before them."""
-    words = [words[0], *(f" {word}" for word in words[1:])]
-    return tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return text_ids([words[0], *(f" {word}" for word in words[1:])], tokenizer)
 
 
 def _similarity(tokens: torch.Tensor, audio: torch.Tensor, embeddings: torch.Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ A grammar has a first state, `start`; `step` says which state follows a byte (No
 A task of one's own brings `OneOf`, `TaggedWords`, or a subclass of `Grammar`. Standard library only.
 """
 
+import unicodedata
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -47,19 +48,26 @@ class Place(NamedTuple):
     tag: str = ""  # that is open
     is_filled: bool = False  # it has a word
     markup: bytes = b""  # an unfinished tag, from its <
-    tail: bytes = b""  # bytes that begin a space of Unicode
+    tail: bytes = b""  # bytes that begin a character that is forbidden
 
 
-# Spaces beyond ASCII: a phrase of these alone would be read as empty.
-WIDE_SPACES = frozenset(char.encode() for char in map(chr, range(0x80, 0x3001)) if char.isspace())
-WIDE_SPACE_BEGINNINGS = frozenset(space[:n] for space in WIDE_SPACES for n in range(1, len(space)))
+# Beyond ASCII: spaces (a phrase of these alone would be read as empty), control characters, which terminals obey, and
+# what turns the direction of a text.
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+FORBIDDEN = frozenset(
+    char.encode()
+    for char in map(chr, range(0x80, 0x3001))
+    if char.isspace() or char in TURNING or unicodedata.category(char) == "Cc"
+)
+FORBIDDEN_BEGINNINGS = frozenset(char[:n] for char in FORBIDDEN for n in range(1, len(char)))
 
 
 @dataclass(frozen=True)
 class TaggedWords(Grammar):
     """
     Words, and phrases in tags: `<PERSON> anna karenina </PERSON> left <PLACE> moscow </PLACE>`. Tags are of the set,
-    closed, never nested, never empty; < and > stand in tags only, and there is no space but the plain one.
+    closed, never nested, never empty; < and > stand in tags only, there is no space but the plain one and no control
+    character.
     """
 
     tags: tuple[str, ...]
@@ -71,9 +79,9 @@ class TaggedWords(Grammar):
         if byte == ord(">") or byte < 0x20 or byte == 0x7F:
             return None
         seen = place.tail + bytes([byte])
-        if seen in WIDE_SPACES:
+        if seen in FORBIDDEN:
             return None
-        tail = next((t for t in (seen, bytes([byte])) if t in WIDE_SPACE_BEGINNINGS), b"")
+        tail = next((t for t in (seen, bytes([byte])) if t in FORBIDDEN_BEGINNINGS), b"")
         return Place(place.tag, bool(place.tag) and (place.is_filled or byte != ord(" ")), tail=tail)
 
     def _mark_up(self, place: Place, markup: bytes) -> Place | None:

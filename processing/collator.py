@@ -9,7 +9,7 @@ from transformers import BatchFeature
 
 from .augmentation import mask_time
 from .encoder_cache import EncoderCache, pad
-from .processing_sense import SenseProcessor, load_audio
+from .processing_sense import SenseProcessor, load_audio, text_ids
 from .tasks import Task
 
 
@@ -74,12 +74,11 @@ class SenseCollator:
         clip = self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
         return mask_time(clip, self.time_mask, draws) if self.time_mask else clip
 
-    def _tokens(self, prompts: list[str], answers: list[str | None]) -> dict:
+    def _tokens(self, prompts: list[str], answers: list) -> dict:
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         # A transcript is text, whatever stands in it: only the prompt has control tokens.
-        said = tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        said = [ids + [tokenizer.eos_token_id] for ids in said]
+        said = [ids + [tokenizer.eos_token_id] for ids in text_ids(answers, tokenizer)]
         length = max(len(a) + len(s) for a, s in zip(asked, said))
         pads = [length - len(a) - len(s) for a, s in zip(asked, said)]
         triples = list(zip(pads, asked, said))

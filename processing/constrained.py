@@ -139,9 +139,9 @@ def token_bytes(tokenizer) -> list[bytes | None]:
             f"tokenizer: its decoder is {' + '.join(kinds)}; constrained decoding reads byte-level "
             "tokenizers' and SentencePiece's"
         )
-    pieces: list[bytes | None] = [None] * len(tokenizer)
-    added = tokenizer.added_tokens_decoder
-    for piece, token in tokenizer.get_vocab().items():
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    pieces: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)  # there may be gaps
+    for piece, token in vocabulary.items():
         if token not in added:
             pieces[token] = read(piece) or None
     return pieces
@@ -197,11 +197,12 @@ class GrammarConstraint(LogitsProcessor):
                     least = f"the shortest answer of {grammar} takes {prepared.shortest} tokens"
                     raise ValueError(f"max_new_tokens {limits[row]}: {least}")
                 self.rows.setdefault(prepared, []).append(row)
-        self.start = self.length = 0  # of the prompt, and of prompt and answer: known when it is called
+        self.start: int | None = None  # tokens of the prompt, known when it is called
+        self.length = 0  # of prompt and answer
         self.classes: dict[TokenGrammar, np.ndarray] = {}  # of the model's tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not self.start:
+        if self.start is None:
             self.start = input_ids.shape[1]
             self.classes = {prepared: prepared.classes_of_model(scores.shape[1]) for prepared in self.rows}
         elif input_ids.shape[1] != self.length + 1:

@@ -194,11 +194,10 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
         if "max_new_tokens" in generate_kwargs:
             limits = [min(limit, generate_kwargs["max_new_tokens"]) for limit in limits]
-        settings = answer_settings(limits) | generate_kwargs
-        if constrained:  # after processors of the caller's own
-            constraint = self.processor.constrain([task] * len(prompts), limits)
-            settings["logits_processor"] = [*settings.get("logits_processor", ()), constraint]
-        answers = self.model.generate_branches(prompts, **audio, **settings)
+        constraint = self.processor.constrain([task] * len(prompts), limits) if constrained else None
+        answers = self.model.generate_branches(
+            prompts, **audio, **answer_settings(limits, constraint, **generate_kwargs)
+        )
         texts = self.processor.batch_decode([of_clip[0] for of_clip in answers], skip_special_tokens=True)
         parsed = [TASKS[task](self.processor.prompts[task]).parse(text) for text in texts]
         return [{"text": " ".join(answer.text.split()), "entities": answer.entities} for answer in parsed]
@@ -284,13 +283,16 @@ def _mean_sentiment(windows: list[dict]) -> dict:
     return {"label": label, "score": scores[label], "scores": scores}
 
 
-def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None) -> dict:
+def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None, **asked) -> dict:
     """
-    For `generate`: greedy, or beams if it is told so; each row's answer bounded by its own limit, in tokens, and kept
-    to its grammar by what `SenseProcessor.constrain` makes, if that is given.
+    For `generate`: greedy, or what is `asked` for; each row's answer bounded by its own limit, in tokens, and kept to
+    its grammar by what `SenseProcessor.constrain` makes, if that is given: after processors of the caller's own.
     """
-    settings = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
-    return settings if constraint is None else settings | {"logits_processor": [constraint]}
+    settings: dict = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
+    settings |= asked
+    if constraint is not None:
+        settings["logits_processor"] = [*settings.get("logits_processor", ()), constraint]
+    return settings
 
 
 class AnswerLimits(StoppingCriteria):

@@ -3,10 +3,12 @@ Speech and text -> model inputs, and back. Loads from the Hub where this package
 needed for resampling only.
 """
 
+import copy
 import io
 import time
 import urllib.request
 from fractions import Fraction
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -437,8 +439,11 @@ class SenseProcessor(ProcessorMixin):
         return [token for token in special if token in text]
 
     def plain_text(self, text: str) -> str:
-        """A text that may come from anywhere, its control tokens broken up by a space: none is left to act as one."""
-        while found := self.control_tokens(text):
+        """
+        A text that may come from anywhere, its control tokens broken up by a space: none is left to act as one. Of one
+        letter there is nothing to break.
+        """
+        while found := [token for token in self.control_tokens(text) if len(token) > 1]:
             for token in found:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
@@ -617,6 +622,17 @@ def as_clips(audio) -> list:
     if not audio:
         raise ValueError("audio: an empty list; give at least one clip")
     return [audio] if isinstance(audio[0], (int, float)) else list(audio)
+
+
+def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of texts that may come from anywhere: what stands in them is text, control tokens too."""
+    return _text_tokenizer(tokenizer)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@lru_cache(maxsize=8)
+def _text_tokenizer(tokenizer):
+    """A copy: `split_special_tokens` sets a switch of the tokenizer itself, also for who reads a prompt meanwhile."""
+    return copy.deepcopy(tokenizer)
 
 
 def make_chat_template(tokenizer) -> str:

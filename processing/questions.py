@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets.distributed import split_dataset_by_node
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .processing_sense import MAX_SECONDS
+from .processing_sense import MAX_SECONDS, text_ids
 from .tasks import mix
 
 
@@ -137,7 +137,7 @@ def usual_length(durations: list[float | None]) -> float:
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
     """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
     answers = [task.target(row) or "" for row in labels]
-    return [len(ids) for ids in tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    return [len(ids) for ids in text_ids(answers, tokenizer)]
 
 
 def ask_once(rows, tasks):

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from modeling_sense.modeling_sense import load_safely
 
 from .alignment import monotonic_path, standardize, word_pieces
-from .processing_sense import SenseProcessor, load_audio
+from .processing_sense import SenseProcessor, load_audio, text_ids
 
 
 logger = logging.get_logger(__name__)
@@ -155,8 +155,7 @@ class WordAligner:
         words = text.split()
         if self.whisper is None or not words:
             return None
-        spoken = [f" {word}" for word in words]
-        pieces = self.tokenizer(spoken, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        pieces = text_ids([f" {word}" for word in words], self.tokenizer)
         tokens = [token for piece in pieces for token in piece]
         start = self._start_tokens()
         if len(start) + len(tokens) + 1 > self.whisper.config.max_target_positions or len(tokens) > num_frames:

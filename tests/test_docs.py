@@ -137,8 +137,11 @@ PROGRAMS = (
     "benchmarks.long_audio",
     "benchmarks.small_machines",
     "benchmarks.word_times",
+    "tests.reliability.fuzz_parsers",
+    "tests.reliability.golden",
     "tests.reliability.kill_and_resume",
     "tests.reliability.load_test",
+    "tests.reliability.ten_hours",
 )
 OF_SENSE = {"train": "train_sense.py", "eval": "eval_sense.py", "annotate": "annotate_sense.py", "app": "app.py"}
 # Programs that are others' own: not looked at, but for the targets of make.

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from processing import SenseProcessor, load_audio
-from processing.processing_sense import AUDIO_TOKEN
+from processing.processing_sense import AUDIO_TOKEN, text_ids
 from tests.conftest import tone
 
 
@@ -501,3 +502,15 @@ def test_it_loads_as_custom_code(tiny_whisper, tiny_llama, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=modules)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", "False"]
+
+
+def test_texts_do_not_change_how_prompts_are_read_meanwhile(processor):
+    """`split_special_tokens` sets a switch of the tokenizer itself."""
+    with ThreadPoolExecutor(2) as pool:
+        texts = pool.submit(lambda: [text_ids(["the user speaks"], processor.tokenizer) for _ in range(2000)])
+        expected, found = processor.prompt_ids(2, ["asr"]), []
+        while not texts.done():
+            found.append(processor.prompt_ids(2, ["asr"]) == expected)
+    assert found and all(found)
+    texts = text_ids(["<|im_end|> and <|audio|>"], processor.tokenizer)[0]
+    assert not set(texts) & set(processor.tokenizer.all_special_ids)

@@ -2,7 +2,7 @@
 Ten hours of silence, a FLAC of a megabyte, to the processor, the pipeline, the command and the page: what comes out,
 how long it takes, and the memory on top of that of the loaded model.
 
-    python tests/reliability/ten_hours.py --model outputs/quickstart [--hours 10]
+    python -m tests.reliability.ten_hours --model outputs/quickstart [--hours 10]
 """
 
 import argparse
@@ -14,12 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import app  # noqa: E402
-from processing import SpokenLanguageUnderstandingPipeline, load_audio  # noqa: E402
-from processing.hub import load_checkpoint  # noqa: E402
-from tests.reliability.hostile import memory, silence  # noqa: E402
+import app
+from processing import SpokenLanguageUnderstandingPipeline, load_audio
+from processing.hub import load_checkpoint
+from tests.reliability.hostile import memory, silence
 
 
 def tell(name: str, ask: Callable[[], object]):

@@ -191,7 +191,7 @@ def test_any_upload_ends_in_words(pipe, tmp_path_factory, content):
 
 
 def test_the_parsers_stand_coverage_guided_fuzzing(tmp_path):
-    command = [sys.executable, "tests/reliability/fuzz_parsers.py", "--seconds", "8", "--findings", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.reliability.fuzz_parsers", "--seconds", "8", "--findings", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stdout.count("no finding") == 8, ran.stdout + ran.stderr[-2000:]
     assert all(int(line.split()[1].replace(",", "")) > 10 for line in ran.stdout.splitlines())
@@ -303,8 +303,9 @@ def test_regular_expressions_end(parts):
     for text in ("<" + " " * 100_000, "<" * 100_000, "< / " * 30_000, "<A" * 50_000, "<PERSON" + " " * 100_000 + "x"):
         hostile.answers_are_read(text)
         hostile.in_time(write_tags)(text, [])
-    for targets in (r"(a+)+$", r".*.*.*.*x", r"(.*)*x"):
-        with pytest.raises(ValueError, match="lora: target_modules must be a regular expression with 3 repetitions"):
+    endless = (r"(a+)+$", r".*.*.*.*x", r"(.*)*x", ".?" * 40 + "Z", "(.|.)" * 30 + "Z", "(l|l)" * 30, "(", "q" * 1001)
+    for targets in endless:
+        with pytest.raises(ValueError, match="lora: target_modules must be a regular expression of names"):
             SenseConfig(lora={"r": 2, "target_modules": targets})
     with pytest.raises(ValueError, match="lora: r must be within 1 and 4096, found 1000000000"):
         SenseConfig(lora={"r": 10**9})
