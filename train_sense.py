@@ -346,7 +346,7 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
         audio, text = resolve_backbone(args.audio_backbone), resolve_backbone(args.text_backbone)
     tokens = {"num_audio_tokens": args.num_audio_tokens, "audio_tokens": args.audio_tokens}
     processor = SenseProcessor.from_backbones(audio, text, prompts=args.prompts, gguf_file=args.gguf_file, **tokens)
-    how = {"dtype": getattr(torch, args.backbone_dtype)}
+    how: dict = {"dtype": args.dtype(PartialState().device.type)}
     if args.text_attn_implementation:
         how["attn_implementation"] = {"text_config": args.text_attn_implementation}
     if args.init_from and not (Path(args.init_from) / ADAPTER_CONFIG).is_file():

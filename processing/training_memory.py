@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None):
     args, training = parse_recipe([known.recipe, "--dataset_dir", "any", "--use_cpu", "true"])
     fields: dict = {name: getattr(args, name) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
     fields |= {"per_device_train_batch_size": training.per_device_train_batch_size, "bf16": training.bf16}
+    fields["backbone_dtype"] = str(args.dtype("cuda")).removeprefix("torch.")
     fields |= {name: getattr(known, name) for name in ("audio_backbone", "text_backbone") if getattr(known, name)}
     setting = Setting(**fields, text_tokens=known.text_tokens)
     columns = [("ddp", 1), *((way, n) for n in known.gpus if n > 1 for way in SHARDED)]

@@ -539,6 +539,17 @@ def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tm
     assert later["global_step"] > again["global_step"] and rates and max(rates) < 0.6e-3
 
 
+def test_the_dtype_of_frozen_weights_is_one_that_the_device_knows(recipe, monkeypatch):
+    found = []
+    for known in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=known: known)
+        args, _ = train_sense.parse_recipe([recipe(backbone_dtype="auto")])
+        found += [args.dtype("cpu"), args.dtype("cuda"), train_sense.build_model(args)[0].lm_head.weight.dtype]
+    assert found == [torch.bfloat16] * 3 + [torch.float32, torch.bfloat16, torch.float32]
+    with pytest.raises(ValueError, match="backbone_dtype: give one of auto, float32, bfloat16, float16, found 'fp32'"):
+        train_sense.parse_recipe([recipe(backbone_dtype="fp32")])
+
+
 @pytest.mark.parametrize("classifier", [None, "ner", "sa"])
 def test_accumulated_and_shared_out_steps_have_the_gradients_of_the_full_batch(recipe, tmp_path, classifier):
     """Eight rows in one step: at once, in two parts, on two processes, on two processes in two parts."""

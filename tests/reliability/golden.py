@@ -6,6 +6,7 @@ The losses and the answers of a training of 20 steps on tiny backbones, that the
 writes them to golden.json, to be run and committed where a change of the numbers is meant.
 """
 
+import argparse
 import contextlib
 import json
 import tempfile
@@ -100,7 +101,8 @@ def answer(model: Path) -> dict:
     return {"tokens": found.sequences[:, -12:].tolist(), "logits": best[..., 0].flatten().tolist(), "lead": lead}
 
 
-def main():
+def main(argv: list[str] | None = None):
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         GOLDEN.write_text(json.dumps(run(Path(folder)), indent=2) + "\n")
 
