@@ -50,6 +50,7 @@ setup(
         "accelerate>=1.15,<2",  # the oldest that puts a whole model on the disk
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
+        "fsspec[http]>=2024.9,<2027",
         "evaluate>=0.4.6,<0.5",
         "safetensors>=0.6,<1",
         "huggingface-hub>=2.0,<3",

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import nested_gather
@@ -79,8 +80,8 @@ class TimeBudget(TrainerCallback, ExportableState):
 class LossSinceLog(TrainerCallback, ExportableState):
     """What the next entry of the log is the mean of: sum of the losses since the step `since`. Kept in checkpoints."""
 
-    def __init__(self, total: float = 0.0, since: int = 0):
-        self.total, self.since = total, since
+    def __init__(self, total: float = 0.0, since: int | None = None):
+        self.total, self.since = total, since  # None: not known, as of a checkpoint without it
 
     def state(self) -> dict:
         return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
@@ -191,8 +192,9 @@ class SenseTrainer(Trainer):
         """Trainer's, with what it does not bring back when a run goes on from a checkpoint."""
         if epoch == epochs_trained and resume_from_checkpoint is not None:
             loss = self._callback(LossSinceLog)
-            self._tr_loss += loss.total
-            self._globalstep_last_logged = loss.since
+            if loss.since is not None:
+                self._tr_loss += loss.total
+                self._globalstep_last_logged = loss.since
             if self.state.global_step >= self.state.max_steps or self.budget is not None and not self.budget.left:
                 self.control.should_training_stop = True  # it was the last step; Trainer would take another
                 return
@@ -284,6 +286,9 @@ class SenseTrainer(Trainer):
         loss = self._callback(LossSinceLog)
         loss.total = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         loss.since = self._globalstep_last_logged
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # Trainer wants those that an older checkpoint had not, too
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         try:
             with unfinished(output_dir, name, self._count_bytes) as self.writing:
                 self.accelerator.wait_for_everyone()
@@ -437,6 +442,15 @@ def usable_rows(args: SenseArguments, rows, bad_rows: BadRows):
     return rows.add_column("cache_index", list(range(len(rows))))
 
 
+def refuse_zero3():
+    """Before a backbone is loaded: under ZeRO-3 its weights would be placeholders of size 0."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3: checkpoints and scoring need whole weights; shard them with FSDP2 in its place "
+            "(recipes/accelerate/fsdp2.yaml), found stage 3 in the DeepSpeed config"
+        )
+
+
 def require_stream_settings(training: TrainingArguments):
     if training.max_steps <= 0:
         raise ValueError(f"streaming: a stream has no end; give max_steps, found {training.max_steps}")
@@ -528,6 +542,7 @@ def write_output(folder: Path, model, processor, metrics: dict, state, recipe: d
 def main(argv: list[str] | None = None) -> dict:
     start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
+    refuse_zero3()
     if args.streaming:
         require_stream_settings(training)
     set_seed(training.seed)

@@ -31,6 +31,7 @@ def unfinished(output_dir: str | os.PathLike, what: str, count_bytes: Callable[[
 
     Raises:
         OSError: something could not be written. It names the path, the cause, and the space that is needed and free.
+            What is raised within for another reason comes out as it is.
     """
     output_dir, state = Path(output_dir), PartialState()
     folder = output_dir / UNFINISHED
@@ -43,6 +44,8 @@ def unfinished(output_dir: str | os.PathLike, what: str, count_bytes: Callable[[
         if state.is_local_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         needed, free = count_bytes() + SMALL_FILES, shutil.disk_usage(output_dir).free
+        if not isinstance(error, OSError) and free >= needed:
+            raise
         raise OSError(
             f"{output_dir / what} could not be written ({type(error).__name__}: {error}). It needs up to "
             f"{needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there. Nothing of it was kept, checkpoints before "
@@ -53,20 +56,34 @@ def unfinished(output_dir: str | os.PathLike, what: str, count_bytes: Callable[[
 
 
 def seal(checkpoint: Path):
-    """Writes the size and SHA-256 of each file of a checkpoint beside them, once they are on the disk."""
+    """Writes the size and SHA-256 of each file of a checkpoint beside them; all of it is on the disk afterwards."""
     found = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         found[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(path)
     write_text(checkpoint / CHECKSUMS, json.dumps(found, indent=2) + "\n")
+    for path in (checkpoint / CHECKSUMS, *(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint):
+        _sync(path)
 
 
 def publish(folder: Path, target: Path):
-    """Gives a finished folder its name. One that has it already, a broken checkpoint, moves to where it was."""
+    """
+    Gives a finished folder its name, on the disk, too: older ones may be deleted afterwards. One that has the name
+    already, a broken checkpoint, moves to where the folder was.
+    """
     if target.exists():
         os.replace(target, folder.with_name(f"old-{target.name}"))
     os.replace(folder, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path):
+    """Returns when a file's content, or a folder's names, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def find_fault(checkpoint: str | os.PathLike) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -139,9 +139,8 @@ def build_cache(
     if state.is_main_process:
         clean_up(folder)
     state.wait_for_everyone()
-    held = {key for path in folder.glob("*.safetensors") for key in Shard(path).keys}
-    wanted = {key: (row, speed) for row, of_clip in enumerate(keys) for key, speed in zip(of_clip, speeds)}
-    missing = [(key, *place) for key, place in wanted.items() if key not in held]
+    # The main process's list is everyone's: another run may write shards meanwhile.
+    missing = broadcast_object_list([_find_missing(folder, keys, speeds) if state.is_main_process else None])[0]
     groups = [missing[i : i + shard_clips] for i in range(0, len(missing), shard_clips)]
     if missing and state.is_main_process:
         size = _megabytes(model, processor, dataset, missing, storage)
@@ -156,6 +155,13 @@ def build_cache(
     return EncoderCache(folder, keys)
 
 
+def _find_missing(folder: Path, keys: list[list[str]], speeds) -> list[tuple[str, int, float]]:
+    """`(key, row, speed)` of each version of a clip that no shard holds."""
+    held = {key for path in folder.glob("*.safetensors") for key in Shard(path).keys}
+    wanted = {key: (row, speed) for row, of_clip in enumerate(keys) for key, speed in zip(of_clip, speeds)}
+    return [(key, *place) for key, place in wanted.items() if key not in held]
+
+
 def clean_up(folder: Path):
     """Removes what can't be read, to be encoded again, and what builds that were killed left unfinished."""
     for path in folder.glob("*.safetensors"):
@@ -165,7 +171,11 @@ def clean_up(folder: Path):
             print(f"encoder cache: {path} can't be read ({error}); its clips are encoded again", flush=True)
             path.unlink()
     for path in folder.glob("*.tmp"):
-        if time.time() - path.stat().st_mtime > 3600:  # another run may be writing its own, for seconds
+        try:
+            written = path.stat().st_mtime
+        except FileNotFoundError:  # another run gave it its name
+            continue
+        if time.time() - written > 3600:  # another run may be writing its own, for seconds
             path.unlink(missing_ok=True)
 
 

@@ -15,13 +15,19 @@ def whole_weights(model: nn.Module):
     answer for other rows each, in as many steps as these take, and weights can only be gathered by all at once.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in sharded:
-        module.reshard()
-        module.set_reshard_after_forward(module is not sharded[0], recurse=False)  # the root's default is False
+    # torch can set it, but has no name to ask for it by.
+    groups = [group for module in sharded for group in module._get_fsdp_state()._fsdp_param_groups]
+    before = [group.post_forward_mesh_info for group in groups]
+    try:
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+        for group, setting in zip(groups, before):
+            group.post_forward_mesh_info = setting
 
 
 def gather_weights(model: nn.Module, keep: bool):

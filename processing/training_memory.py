@@ -5,7 +5,8 @@ How much memory a GPU needs to train a recipe, by arithmetic from the backbones'
 
 Weights, gradients and the optimiser's state are counted parameter by parameter. What a step keeps for the backward
 pass is counted too: the language model runs once without memory ("fake" tensors), and the tensors that autograd saves
-are added up. What CUDA, its libraries and fragmentation need (1 to 2 GiB) comes on top.
+are added up. What CUDA, its libraries and fragmentation need (1 to 2 GiB) comes on top. What gradient_checkpointing
+saves is not counted.
 """
 
 import argparse
@@ -32,7 +33,6 @@ BUCKETS, GATHERED = "DDP's buckets", "gathered weights"
 SHARDED = {
     "ddp": (),
     "zero2": (GRADIENTS, ADAM),
-    "zero3": (FROZEN, TRAINED, GRADIENTS, ADAM),
     "fsdp2": (FROZEN, TRAINED, GRADIENTS, ADAM),
 }
 
@@ -146,6 +146,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     known = parser.parse_args(argv)
     args, training = parse_recipe([known.recipe, "--dataset_dir", "any", "--use_cpu", "true"])
+    for name in ("quantize", "gguf_file"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: {getattr(args, name)!r}; packed weights are not counted: leave it out, and take the frozen "
+                "language model's share of what its file takes"
+            )
     fields: dict = {name: getattr(args, name) for name in Setting.__dataclass_fields__ if hasattr(args, name)}
     fields |= {"per_device_train_batch_size": training.per_device_train_batch_size, "bf16": training.bf16}
     fields["backbone_dtype"] = str(args.dtype("cuda")).removeprefix("torch.")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,3 +231,26 @@ def test_a_shard_that_cannot_be_read_is_made_anew(sense, corpus, tmp_path, capsy
     assert f"encoder cache: {first} can't be read (" in capsys.readouterr().out
     assert sum(encoded) == 2 and first.read_bytes() == content and new.exists() and not old.exists()
     assert all(torch.equal(again.get(row), clip) for row, clip in enumerate(whole))
+
+
+def test_processes_share_out_the_main_ones_list(sense, corpus, tmp_path, monkeypatch):
+    """Another run fills the folder before the second process looks: it encodes its part of the list all the same."""
+    model, processor = sense
+    kept, listed = build_cache(model, processor, corpus, tmp_path), []
+    find = encoder_cache._find_missing
+    monkeypatch.setattr(encoder_cache, "_find_missing", lambda *given: listed.append(given) or find(*given))
+    build_cache(model, processor, corpus, tmp_path)
+    (_, keys, speeds), encoded = listed[0], count_clips(model)
+    everything = find(tmp_path / "empty", keys, speeds)
+    second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, device=torch.device("cpu"))
+    second.wait_for_everyone = lambda: None
+    monkeypatch.setattr(encoder_cache, "PartialState", lambda: second)
+    monkeypatch.setattr(encoder_cache, "hash_clips", lambda _: [key for (key,) in keys])
+    monkeypatch.setattr(encoder_cache, "broadcast_object_list", lambda _: [everything])
+    build_cache(model, processor, corpus, tmp_path, shard_clips=2)
+    assert sum(encoded) == 2 and len(everything) == len(kept) == 6  # the second of three groups
+
+
+def test_a_file_that_goes_meanwhile_is_no_fault(tmp_path):
+    (tmp_path / "a.tmp").symlink_to(tmp_path / "gone")  # listed, and not there
+    encoder_cache.clean_up(tmp_path)

@@ -1,5 +1,6 @@
 """One model, however many processes train and score it: curves, checkpoints, metrics. Gloo on the CPU."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -10,8 +11,14 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, WhisperConfig
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.integrations.deepspeed import (
+    HfTrainerDeepSpeedConfig,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 import eval_sense
 import train_sense
@@ -20,8 +27,10 @@ from modeling_sense.modeling_sense import is_trained
 from processing import questions
 from processing.datasets import load_corpus
 from processing.questions import Stream
+from processing.sharding import whole_weights
 from processing.tasks import make_tasks
 from processing.training_memory import Setting, build_on_meta, count_states, estimate
+from processing.training_memory import main as training_memory
 from tests.conftest import write_corpus
 from tests.processes import launch, launcher_environment
 from tests.reliability import stream_memory
@@ -278,25 +287,69 @@ def test_configs_are_what_accelerate_launch_takes(config, monkeypatch):
     assert (found.get("FSDP_VERSION") == "2") == (config.stem == "fsdp2")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_takes_its_settings_from_the_recipe(stage, tmp_path):
-    class Filled(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
-        """Trainer's, which wants deepspeed to be installed, over accelerate's, which does not."""
+class Filled(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+    """Trainer's, which wants deepspeed to be installed, over accelerate's, which does not."""
 
-        def __init__(self, path: str):
-            HfDeepSpeedConfig.__init__(self, path)
-            self._dtype, self.mismatches = None, []
+    def __init__(self, config: str | dict):
+        HfDeepSpeedConfig.__init__(self, config)
+        self._dtype, self.mismatches = None, []
 
-    found = Filled(str(CONFIGS / f"zero{stage}.json"))
+
+def test_deepspeed_takes_its_settings_from_the_recipe(tmp_path):
+    found = Filled(str(CONFIGS / "zero2.json"))
     out = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     args, training = train_sense.parse_recipe(["1_asr", *out])
     found.trainer_config_process(training)
     text = LlamaConfig(hidden_size=2048)
     found.trainer_config_finalize(training, SimpleNamespace(config=SimpleNamespace(text_config=text)), 1000)
     assert '"auto"' not in json.dumps(found.config)
-    assert found.config["zero_optimization"]["stage"] == stage and found.is_zero3() == (stage == 3)
+    assert found.is_zero2() and not found.is_offload()
     assert found.config["train_batch_size"] == 16 * 2 and found.config["gradient_clipping"] == 1.0
     assert "optimizer" not in found.config  # SenseTrainer's, with its groups
+
+
+def test_zero3_is_refused(tmp_path):
+    config = json.loads((CONFIGS / "zero2.json").read_text())
+    asked = ["1_asr", "--dataset_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    asked += ["--bf16", "false", "--resume_from_checkpoint", str(tmp_path / "none")]
+    messages = {2: "there is no folder", 3: r"shard them with FSDP2 .*recipes/accelerate/fsdp2.yaml.*found stage 3"}
+    try:
+        for stage, message in messages.items():
+            config["zero_optimization"]["stage"] = stage
+            found = Filled(config)
+            set_hf_deepspeed_config(found)
+            with pytest.raises(ValueError, match=message):
+                train_sense.main(asked)
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def shard_and_look(report: str):
+    """Writes how a model of two layers reshards before, within and after `whole_weights`."""
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    settings = (True, False, True)  # the root's, too
+    for module, setting in zip((*model, model), settings):
+        fully_shard(module, mesh=mesh, reshard_after_forward=setting)
+
+    def look() -> list[bool]:
+        model(torch.ones(1, 2))
+        return [isinstance(layer.weight, DTensor) for layer in model]
+
+    found = [look()]
+    with contextlib.suppress(KeyError), whole_weights(model):
+        found.append(look())
+        raise KeyError
+    found.append(look())
+    Path(report).write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_scoring_leaves_sharding_as_it_was(tmp_path):
+    """Also where it fails."""
+    launch(1, shard_and_look, str(tmp_path / "found"))
+    assert json.loads((tmp_path / "found").read_text()) == [[True, False], [False, False], [True, False]]
 
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -346,6 +399,14 @@ def test_estimated_memory_is_what_a_training_step_takes(small, tmp_path):
     # What the backward pass needs for a moment, and what the allocator wastes, is not counted.
     assert found["total"] < int((tmp_path / "bytes").read_text()) < 1.6 * found["total"]
     assert found["activations"] > 0.7 * found["total"] > 100e6
+
+
+@pytest.mark.parametrize("field, value", [("quantize", "int4"), ("gguf_file", "small.gguf")])
+def test_memory_of_packed_weights_is_not_guessed(tmp_path, field, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{field}: {value}\n")
+    with pytest.raises(ValueError, match=f"{field}: '{value}'; packed weights are not counted"):
+        training_memory([str(path)])
 
 
 def test_estimated_memory_counts_what_is_sharded(small):

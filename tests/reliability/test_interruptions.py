@@ -7,6 +7,7 @@ import resource
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ import transformers
 
 import train_sense
 from processing.bad_rows import BadRows
-from processing.checkpoints import CHECKSUMS, UNFINISHED, find_fault, last_checkpoint, require_whole
+from processing.checkpoints import (
+    CHECKSUMS,
+    UNFINISHED,
+    find_fault,
+    last_checkpoint,
+    publish,
+    require_whole,
+    seal,
+    unfinished,
+)
 from processing.hub import load_checkpoint
 from processing.questions import EpochSampler, Mixture
 from processing.tasks import make_tasks
@@ -55,6 +65,12 @@ def test_killed_trainings_end_as_undisturbed_ones(tmp_path):
     assert kill_and_resume(tmp_path, moments, seed=1) == []
 
 
+@pytest.fixture
+def little_space(monkeypatch):
+    """10 MB are free, for who asks: disks are not really filled here."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+
+
 @contextmanager
 def full_disk(path: Path):
     """A write to `path` meets the kernel's own "no space left", one of weights its "file too large"."""
@@ -71,7 +87,7 @@ def full_disk(path: Path):
         yield
 
 
-def test_what_is_called_a_checkpoint_is_whole(recipe, tmp_path, monkeypatch):
+def test_what_is_called_a_checkpoint_is_whole(recipe, tmp_path, monkeypatch, little_space):
     """Whichever file of the next one fills the disk, and where checkpoints are uploaded."""
     out, uploaded, name = tmp_path / "out", [], None
     write, write_all = transformers.Trainer._save_checkpoint, train_sense.SenseTrainer._save_checkpoint
@@ -106,7 +122,7 @@ def test_what_is_called_a_checkpoint_is_whole(recipe, tmp_path, monkeypatch):
     assert not (out / UNFINISHED).exists()
 
 
-def test_a_full_disk_ends_training_and_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_training_and_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys, little_space):
     """With checkpoints, and with the finished model."""
     out, write = tmp_path / "out", transformers.Trainer._save_checkpoint
 
@@ -132,6 +148,68 @@ def test_a_full_disk_ends_training_and_the_same_command_goes_on(recipe, tmp_path
     train_sense.main([recipe])
     assert f"resuming from: {out / 'checkpoint-6'}" in capsys.readouterr().out
     assert load_checkpoint(str(out)) and json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    "error, free, told",
+    [
+        (ValueError("a bug"), 21_000_000, "a bug"),
+        (
+            RuntimeError("file write failed"),
+            19_000_000,
+            r"model could not be written \(RuntimeError: file write failed",
+        ),
+        (OSError("quota exceeded"), 21_000_000, r"model could not be written \(OSError: quota exceeded"),
+    ],
+)
+def test_room_is_asked_for_where_it_is_short(tmp_path, monkeypatch, error, free, told):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(type(error) if told == "a bug" else OSError, match=told):
+        with unfinished(tmp_path, "model", lambda: 0) as folder:
+            (folder / "part").touch()
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_gets_its_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Files before their list, that before the folder's name, and the name at last."""
+    synced, fsync = [], os.fsync
+
+    def note(opened: int):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")).relative_to(tmp_path).as_posix())
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", note)
+    made = tmp_path / "_unfinished" / "checkpoint-2"
+    (made / "deep").mkdir(parents=True)
+    (made / "deep" / "weights").write_text("1")
+    seal(made)
+    publish(made, tmp_path / "checkpoint-2")
+    inside = [f"_unfinished/checkpoint-2{name}" for name in ("/deep/weights", f"/{CHECKSUMS}", "/deep", "")]
+    assert synced == [*inside, "."]
+
+
+def forget_callbacks(checkpoint: Path, *names: str):
+    """Makes it one of an older version, or of another recipe."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for name in names:
+        del state["stateful_callbacks"][name]
+    path.write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).unlink()
+
+
+def test_a_checkpoint_without_the_states_of_new_callbacks_is_gone_on_from(recipe, tmp_path):
+    train_sense.main([recipe, "--max_steps", "2"])
+    old = tmp_path / "out" / "checkpoint-2"
+    forget_callbacks(old, "LossSinceLog")
+    again = ["--resume_from_checkpoint", str(old), "--max_steps", "4", "--max_minutes", "5"]
+    train_sense.main([recipe, *again])
+    newest = tmp_path / "out" / "checkpoint-4"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    assert {"LossSinceLog", "TimeBudget"} <= state["stateful_callbacks"].keys() and find_fault(newest) is None
+    losses = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    assert losses[4] > 5  # the mean of steps 3 and 4, not over the two whose losses are not known
 
 
 def truncate(path: Path):
