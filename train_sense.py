@@ -33,7 +33,7 @@ from modeling_sense.modeling_sense import ADAPTER_CONFIG
 from processing import SenseProcessor
 from processing.annotation.noise import add_noise, with_annotation
 from processing.backbones import resolve_backbone
-from processing.bad_rows import BadRows
+from processing.bad_rows import BadRows, count_kinds
 from processing.checkpoints import last_checkpoint, publish, require_whole, seal, unfinished
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
@@ -433,7 +433,7 @@ def open_corpus(args: SenseArguments, split: str, bad_rows: BadRows):
 def load_split(args: SenseArguments, split: str, most: int | None, bad_rows: BadRows):
     """The first rows of a split, in a dataset that knows its length."""
     rows = open_corpus(args, split, bad_rows)
-    return read_stream(rows, most) if args.streaming else first_rows(rows, most)
+    return read_stream(rows, most, bad_rows) if args.streaming else first_rows(rows, most)
 
 
 def usable_rows(args: SenseArguments, rows, bad_rows: BadRows):
@@ -467,11 +467,28 @@ def open_stream(
     """The training questions; behind those that the checkpoint learnt from, which are read, but not decoded."""
     steps = 0
     if checkpoint is not None:
-        steps = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
+        state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+        _require_same_shares(training, checkpoint, state)
+        steps = state.global_step
         training.ignore_data_skip = True  # done here
     batches = steps * training.gradient_accumulation_steps
     rows = open_corpus(args, args.train_split, bad_rows)
-    return Stream(args, rows, tasks, training.seed, training.train_batch_size, batches)
+    return Stream(args, rows, tasks, training.seed, training.train_batch_size, bad_rows, batches)
+
+
+def _require_same_shares(training: TrainingArguments, checkpoint: str, state: TrainerState):
+    """Raises ValueError where other processes or batches than the checkpoint's would get rows twice or never."""
+    processes = len(list(Path(checkpoint).glob("rng_state*.pth")))  # each writes one
+    known = {
+        "rows in a process's batch (per_device_train_batch_size)": (state.train_batch_size, training.train_batch_size),
+        "processes": (processes, PartialState().num_processes),
+    }
+    for what, (found, now) in known.items():
+        if found and found != now:
+            raise ValueError(
+                f"streaming: {checkpoint} was written with {found} {what}, now there are {now}: a stream goes on with "
+                "as many as it began with"
+            )
 
 
 def training_labels(args: SenseArguments, train, seed: int):
@@ -557,11 +574,14 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = make_tasks(args.prompts, args.tasks)
     bad_rows = BadRows(args.on_bad_row, training.output_dir, training=True)
     with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
+        if args.streaming and checkpoint is None:
+            bad_rows.start_over()
         most = args.warm_start_clips if args.streaming else args.max_train_samples
         train = load_split(args, args.train_split, most, bad_rows)
         dev = load_split(args, args.eval_split, args.max_eval_samples, bad_rows)
     train, dev = usable_rows(args, train, bad_rows), usable_rows(args, dev, bad_rows)
-    bad_rows.settle()
+    if not args.streaming:
+        bad_rows.settle()
     train = training_labels(args, train, training.seed)
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     if args.cache_only:
@@ -605,7 +625,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": None if args.streaming else len(train)}
-    metrics["bad_rows"] = bad_rows.counts
+    metrics["bad_rows"] = count_kinds(bad_rows.read_list().values()) if args.streaming else bad_rows.counts
     gather_weights(model, keep=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         model.remove_classifier()

@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
@@ -45,6 +45,7 @@ BATCH = 64  # clips that are listened to before verdicts are written
 # From so many clips on, those that were found good are kept: fewer are decoded again in seconds.
 WORTH_KEEPING = 1000
 BAD_ROWS = "bad_rows.jsonl"
+VERDICT = ("where", "bad")  # columns beside the schema's: where a row stands, and what is wrong with it
 
 
 class RowError(ValueError):
@@ -76,6 +77,8 @@ class BadRows:
         self.path = None if folder is None else Path(folder) / BAD_ROWS
         self.found: dict[str, dict] = {}
         self.looked_at = 0
+        self.listed: dict[str, dict] = {}
+        self.bytes_read = 0  # of the list
 
     def __len__(self) -> int:
         return len(self.found)
@@ -83,8 +86,7 @@ class BadRows:
     @property
     def counts(self) -> dict[str, int]:
         """Rows of each kind that there is."""
-        counted = Counter(row["kind"] for row in self.found.values())
-        return {kind: counted[kind] for kind in KINDS if counted[kind]}
+        return count_kinds(self.found.values())
 
     def note(self, row: dict, problem: dict):
         """Keeps what is wrong with a row of the schema that has its `where` too."""
@@ -105,32 +107,33 @@ class BadRows:
     def check(self, rows):
         """
         The rows, as `load_corpus` gives them with `bad_rows`, that can be used; notes the others. Decodes each clip
-        once: the main process does, all go on with the same rows.
+        once: the processes share them out, all go on with the same rows.
 
         Raises:
             ValueError: not one is left.
         """
-        found = [self._listen(rows) if PartialState().is_main_process else None]
-        rows = self._without(rows, broadcast_object_list(found)[0])
+        rows = self._without(rows, dict(sorted(gather_object(list(self._listen(rows).items())))))
         if not len(rows):
             raise ValueError(f"not one row is left: {self}")
         return rows.remove_columns("where")
 
     def _listen(self, rows) -> dict[int, dict]:
-        """By index, what is wrong with rows."""
-        known, bad = GoodClips(), {}
+        """By index, what is wrong with rows of this process's share."""
+        known, bad, state = GoodClips(), {}, PartialState()
+        share = range(state.process_index, len(rows), state.num_processes)
 
         def listen(row: dict) -> tuple[str | None, dict | None]:
             key = known.key(row["audio"])
             return key, None if key in known.keys else find_problem(row["audio"])
 
         looked_at = rows.select_columns(["text", "audio"])
-        bar = tqdm(total=len(rows), desc="checking clips", unit="clip")
-        with bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # libsndfile works without Python's lock
-            for first in range(0, len(rows), BATCH):
-                part = looked_at.select(range(first, min(first + BATCH, len(rows))))
+        bar = tqdm(total=len(share), desc="checking clips", unit="clip", disable=not state.is_main_process)
+        with bar, ThreadPoolExecutor(count_cores()) as pool:  # libsndfile works without Python's lock
+            for first in range(0, len(share), BATCH):
+                indices = share[first : first + BATCH]
+                part = looked_at.select(indices)
                 heard = list(pool.map(listen, part))
-                for index, (text, (_, clip)) in enumerate(zip(part["text"], heard), first):
+                for index, text, (_, clip) in zip(indices, part["text"], heard):
                     if (found := self._judge(text, clip)) is not None:
                         bad[index] = found
                 if len(rows) >= WORTH_KEEPING:
@@ -145,39 +148,82 @@ class BadRows:
         empty = problem("empty_text", "text", f"{text!r}; write down what is said, or delete the row")
         return clip if text.strip() else empty
 
-    def stream(self, rows, listen: bool):
+    def stream(self, rows):
         """
-        The rows of an `IterableDataset` that can be used; each is checked as it comes, its clip too if they `listen`.
+        The rows of an `IterableDataset` that have nothing in their `bad` column, which goes, as does `where`. Their
+        clips are not heard.
 
         Raises:
             ValueError: while it is read, at the first bad row, where these stop.
         """
         features = rows.features.copy()
-        del features["where"], features["bad"]
+        for name in VERDICT:
+            del features[name]
         # `remove_columns` forgets the features, and would have `datasets` ask for torchcodec.
-        return rows.filter(partial(self._passes, listen)).map(remove_columns=["where", "bad"], features=features)
+        fine = rows.filter(partial(self.can_use, listen=False, write=False))
+        return fine.map(remove_columns=list(VERDICT), features=features)
 
-    def _passes(self, listen: bool, row: dict) -> bool:
-        """Whether a row of a stream can be used; a bad one is written down at once: nobody knows the last."""
+    def usable(self, rows) -> Iterator[dict]:
+        """
+        The rows of a stream, as `load_corpus` gives them with `bad_rows`, that can be used. Each is checked as it
+        comes, its clip too. All processes read the same rows, the main one lists the bad ones.
+
+        Raises:
+            ValueError: at the first bad row, where these stop.
+        """
+        write = PartialState().is_main_process
+        return (without_verdict(row) for row in rows if self.can_use(row, write=write))
+
+    def can_use(self, row: dict, listen: bool = True, write: bool = True) -> bool:
+        """
+        Whether a row of a stream can be used, its clip too if it is to `listen`. `write` adds a bad one to
+        bad_rows.jsonl at once, since nobody knows the last, if it is not there: of an earlier run or epoch.
+
+        Raises:
+            ValueError: it can not, where these stop.
+        """
         found = row["bad"]
         if found is None and listen:
             found = self._judge(row["text"], find_problem(row["audio"]))
         self.looked_at += 1
         if found is None:
             return True
-        is_new = row["where"] not in self.found  # and not of an earlier epoch
         self.note(row, found)
         if self.on_bad_row == "stop":
             raise ValueError(str(self))
-        if is_new and self.path is not None:
+        if write and self.path is not None and row["where"] not in self.read_list():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:  # of several processes each adds whole lines
-                file.write(_lines([self.found[row["where"]]]))
+            with open(self.path, "ab", buffering=0) as file:  # several processes do: a whole line at once
+                file.write(_lines([self.found[row["where"]]]).encode())
         return False
+
+    def read_list(self) -> dict[str, dict]:
+        """The rows in bad_rows.jsonl, by where they stand: a stream's of all processes, and of the runs before."""
+        if self.path is not None and self.path.is_file():
+            with open(self.path, "rb") as file:
+                file.seek(self.bytes_read)
+                for line in file.read().splitlines(keepends=True):
+                    if line.endswith(b"\n"):  # else another process is writing it
+                        self.bytes_read += len(line)
+                        self._take_listed(line)
+        return self.listed
+
+    def _take_listed(self, line: bytes):
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a crash: it is listed again when it is found again
+            return
+        self.listed[row["where"]] = row
+
+    def start_over(self):
+        """For a stream that does not go on from a checkpoint: removes the list of another run."""
+        if PartialState().is_main_process and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def settle(self):
         """
-        Call it when all rows were looked at. `skip` says how many are left out and writes bad_rows.jsonl, a line each.
+        Call it when all rows were looked at, so never for a stream. `skip` says how many are left out and writes
+        bad_rows.jsonl, a line each.
 
         Raises:
             ValueError: there are bad rows, and these stop; it lists them.
@@ -210,6 +256,22 @@ class BadRows:
         more = [f"  and {len(lines) - MOST_LISTED} more"] if len(lines) > MOST_LISTED else []
         hint = "Mend or delete them, or leave them out with --on_bad_row skip."
         return "\n".join([f"{self._summary()}:", *lines[:MOST_LISTED], *more, hint])
+
+
+def count_kinds(rows: Iterable[dict]) -> dict[str, int]:
+    """Bad rows of each kind that there is."""
+    counted = Counter(row["kind"] for row in rows)
+    return {kind: counted[kind] for kind in KINDS if counted[kind]}
+
+
+def without_verdict(row: dict) -> dict:
+    """A row of the schema alone."""
+    return {name: value for name, value in row.items() if name not in VERDICT}
+
+
+def count_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _lines(rows) -> str:

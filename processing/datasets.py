@@ -1,7 +1,9 @@
 """Corpora of every kind -> rows of one schema, the audio still undecoded (`load_audio` decodes it)."""
 
 import codecs
+import hashlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -77,7 +79,7 @@ def load_corpus(
         lowercase: transcripts in lower case (LibriSpeech's are in upper case).
         streaming: return an `IterableDataset`, which downloads a Hub dataset as it is read.
         bad_rows: notes the rows that can't be used, which are left out. A `Dataset` then has one more column, `where`,
-            for its `check`; an `IterableDataset` is checked as it is read, clips and all.
+            for its `check`; an `IterableDataset` has all rows, and `where` and `bad`, for `usable` and `can_use`.
 
     Raises:
         ValueError: no such folder, split or column (it lists those present); without `bad_rows` also rows that can't
@@ -90,7 +92,7 @@ def load_corpus(
     rows = _read_rows(dataset, split, columns, config_name, streaming)
     noted = BadRows() if bad_rows is None else bad_rows
     if streaming:
-        return noted.stream(rows, listen=bad_rows is not None)
+        return rows if bad_rows is not None else noted.stream(rows)
     rows = noted.leave_out(rows)
     if bad_rows is not None:
         return rows
@@ -123,9 +125,9 @@ def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
     return rows.select(range(min(number or len(rows), len(rows))))
 
 
-def read_stream(rows: datasets.IterableDataset, number: int | None) -> datasets.Dataset:
-    """The first so many rows of a stream, all by default, in memory."""
-    first = [{name: row[name] for name in SCHEMA} for row in (rows if number is None else rows.take(number))]
+def read_stream(rows: datasets.IterableDataset, number: int | None, bad_rows: BadRows) -> datasets.Dataset:
+    """The first so many rows of a stream that can be used, all by default, in memory."""
+    first = list(itertools.islice(bad_rows.usable(rows), number))
     built = datasets.Dataset.from_list(first, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
     return built.cast_column("audio", SCHEMA["audio"])
 
@@ -289,6 +291,9 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     def convert(row: dict, index: int) -> dict:
         given = row[columns["audio"]] or {"bytes": None, "path": None}
         name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
+        # Rows of a stream come in another order each epoch: what is in one tells it from the others.
+        number = _digest(row, columns["audio"]) if streaming else index + 1
+        where = f"{dataset}, {split}, row {number}"
 
         def build() -> dict:
             audio, duration = _fetch(given, columns["audio"]), row.get("duration")
@@ -296,10 +301,19 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
                 audio, duration = _cut(audio, row["start_second"], row["end_second"], columns["audio"])
             return _to_schema({**row, "duration": duration}, audio, columns, name, columns["audio"])
 
-        return _noted(build, f"{dataset}, {split}, row {index + 1}", row.get("id") or name, given["path"])
+        return _noted(build, where, row.get("id") or name, given["path"])
 
     source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED)
+
+
+def _digest(row: dict, audio_column: str) -> str:
+    """Of what is in a row."""
+    audio = row[audio_column] or {"bytes": None, "path": None}
+    rest = {name: value for name, value in row.items() if name != audio_column}
+    found = hashlib.sha256(repr((audio["path"], rest)).encode())
+    found.update(audio["bytes"] or b"")
+    return found.hexdigest()[:16]
 
 
 def _fetch(audio: dict, field: str) -> dict:

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets.distributed import split_dataset_by_node
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .bad_rows import BadRows, without_verdict
 from .processing_sense import MAX_SECONDS, text_ids
 from .tasks import mix
 
@@ -49,43 +50,54 @@ class Stream(torch.utils.data.IterableDataset):
     """
     Questions without an end, from rows that are read as they come: each row for each task that it has a label for, as
     often as the recipe says; where that is no whole number, by chance. Every process and every worker of its loader
-    reads rows of its own: other files of the dataset, or where these do not divide every so many-th row.
+    reads rows of its own: other files of the dataset, or where these do not divide every so many-th row. It listens to
+    these alone.
 
     Args:
         args: of the recipe.
-        rows: a stream of the project's schema.
+        rows: a stream of `load_corpus`, with `bad_rows`.
         tasks: by name.
         seed: of order and chances.
         batch_size: rows of one process's batch.
-        batches: of each process that are left out, since an earlier run learnt from them. With several workers the
-            next ones may come in another order.
+        bad_rows: tells which rows can be used.
+        batches: of each process that are left out, since an earlier run learnt from them. Their clips are not heard:
+            the rows that this run left out are listed. With several workers the next ones may come in another order.
     """
 
-    def __init__(self, args, rows, tasks, seed: int, batch_size: int, batches: int = 0):
+    def __init__(self, args, rows, tasks, seed: int, batch_size: int, bad_rows: BadRows, batches: int = 0):
         state = PartialState()
         # One file after the other, in another order each time: Arrow reads whole files ahead, of all that are open.
         shuffled = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(shuffled, state.process_index, state.num_processes)
-        self.tasks, self.weights = tasks, args.tasks
+        self.tasks, self.weights, self.bad_rows = tasks, args.tasks, bad_rows
         self.seed, self.batch_size, self.batches = f"{seed}/{state.process_index}", batch_size, batches
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         index, number = (worker.id, worker.num_workers) if worker else (0, 1)
         known = len(range(index, self.batches, number)) * self.batch_size  # workers take turns, batch by batch
-        return itertools.islice(self._ask(random.Random(f"{self.seed}/{index}")), known, None)
-
-    def _ask(self, rng: random.Random):
+        rng = random.Random(f"{self.seed}/{index}")
+        left_out = set(self.bad_rows.read_list()) if known else set()
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
             labelled = 0
             for row in self.rows:
-                for name, weight in self.weights.items():
-                    if self.tasks[name].target(row) is not None:
-                        labelled += 1
-                        yield from [{**row, "task": name}] * (int(weight) + (rng.random() < weight % 1))
+                learnt = known > 0
+                if not (row["bad"] is None and row["where"] not in left_out if learnt else self.bad_rows.can_use(row)):
+                    continue
+                names = [name for name in self.weights if self.tasks[name].target(row) is not None]
+                labelled += len(names)
+                asked = self._ask(without_verdict(row), names, rng)
+                yield from asked[known:]
+                known = max(0, known - len(asked))
             if not labelled:
-                raise ValueError(f"not one row of the stream has a label for {', '.join(self.weights)}")
+                asked_for = ", ".join(self.weights)
+                raise ValueError(f"not one row of this process's share of the stream has a label for {asked_for}")
+
+    def _ask(self, row: dict, names: list[str], rng: random.Random) -> list[dict]:
+        """The questions about a row."""
+        times = {name: int(self.weights[name]) + (rng.random() < self.weights[name] % 1) for name in names}
+        return [{**row, "task": name} for name, number in times.items() for _ in range(number)]
 
 
 class EpochSampler(torch.utils.data.Sampler):

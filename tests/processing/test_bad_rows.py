@@ -1,6 +1,7 @@
 """What is wrong with a clip; what is said of bad rows, and what is kept of good ones."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def test_a_cache_that_can_not_be_written_is_no_reason_to_stop(tmp_path, monkeypa
     (tmp_path / "hf").write_text("a file, no folder")
     assert look(write_rows(tmp_path / "c", [wav(tone(0.3))]))[1] == ["0"]
     assert "clips are checked again on the next start" in capsys.readouterr().out
+
+
+def test_where_the_system_does_not_tell_cores_apart_all_are_used(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # Linux alone has it
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert look(write_rows(tmp_path / "c", [wav(tone(0.3))]))[1] == ["0"]
 
 
 def test_long_lists_end(tmp_path, monkeypatch):

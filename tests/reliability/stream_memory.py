@@ -24,6 +24,7 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 from processing import SenseProcessor
+from processing.bad_rows import BadRows
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.processing_sense import AUDIO_TOKEN
@@ -73,7 +74,8 @@ def read(folder: str, rows: int, report: str):
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
     processor = SenseProcessor(extractor, tokenizer, num_audio_tokens=8, prompts=PROMPTS)
-    stream = Stream(args, load_corpus(folder, "train", streaming=True), tasks, 0, BATCH)
+    bad_rows = BadRows()
+    stream = Stream(args, load_corpus(folder, "train", streaming=True, bad_rows=bad_rows), tasks, 0, BATCH, bad_rows)
     collator = SenseCollator(processor, tasks)
     batches = torch.utils.data.DataLoader(stream, batch_size=BATCH, collate_fn=collator)
     process, memory, began = psutil.Process(), {}, time.perf_counter()

@@ -24,8 +24,9 @@ import eval_sense
 import train_sense
 from benchmarks.memory import forget_peak, resident_bytes
 from modeling_sense.modeling_sense import is_trained
-from processing import questions
-from processing.datasets import load_corpus
+from processing import bad_rows, questions
+from processing.bad_rows import BadRows, problem
+from processing.datasets import SCHEMA, load_corpus
 from processing.questions import Stream
 from processing.sharding import whole_weights
 from processing.tasks import make_tasks
@@ -212,18 +213,27 @@ def parquet(tmp_path_factory) -> str:
     return str(folder)
 
 
+def open_stream(folder: str, weights: dict, prompts: dict, batches: int = 0, out: Path | None = None) -> Stream:
+    noted = BadRows("skip", out, training=True)
+    rows = load_corpus(folder, "train", streaming=True, bad_rows=noted)
+    args = SimpleNamespace(tasks=weights, shuffle_buffer=10)
+    return Stream(args, rows, make_tasks(prompts), 0, 2, noted, batches)
+
+
+def be_process(monkeypatch, index: int, number: int):
+    state = SimpleNamespace(process_index=index, num_processes=number)
+    monkeypatch.setattr(questions, "PartialState", lambda: state)
+
+
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
 def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processes, workers):
     """4 files: two processes take two each; three take every third row of all."""
-    rows = load_corpus(parquet, "train", streaming=True)
-    args, tasks = SimpleNamespace(tasks={"asr": 1}, shuffle_buffer=10), make_tasks({"asr": "Write."})
     seen = []
     for process in range(processes):
-        state = SimpleNamespace(process_index=process, num_processes=processes)
-        monkeypatch.setattr(questions, "PartialState", lambda state=state: state)
+        be_process(monkeypatch, process, processes)
 
         def read(number: int, known: int) -> list[list[str]]:
-            stream = Stream(args, rows, tasks, seed=0, batch_size=2, batches=known)
+            stream = open_stream(parquet, {"asr": 1}, {"asr": "Write."}, known)
             loader = torch.utils.data.DataLoader(stream, 2, collate_fn=list, num_workers=workers)
             return [[row["text"] for row in batch] for batch in itertools.islice(loader, number)]
 
@@ -233,15 +243,39 @@ def test_processes_and_workers_share_a_stream_out(parquet, monkeypatch, processe
     assert len(set(seen)) == len(seen) == 120
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_stream_listens_to_the_rows_alone_that_are_learnt_from(parquet, monkeypatch, tmp_path, processes):
+    """Not to others' rows, nor to an earlier run's, though that left some out: every fifth is said to be silent."""
+    heard, silent = [], problem("silent", "audio", "silence")
+
+    def listen(audio: dict):
+        heard.append(audio["path"])
+        return silent if int(Path(audio["path"]).stem) % 5 == 0 else None
+
+    monkeypatch.setattr(bad_rows, "find_problem", listen)
+    taken = []
+    for process in range(processes):
+        be_process(monkeypatch, process, processes)
+
+        def read(number: int, known: int) -> list[str]:
+            heard.clear()
+            stream = open_stream(parquet, {"asr": 1.5}, {"asr": "Write."}, known, tmp_path / str(process))
+            return [row["text"] for row in itertools.islice(stream, number)]
+
+        first = read(36, 0)
+        assert len(heard) == len(set(heard)) < 60
+        taken += heard
+        assert read(6, 15) == first[30:] and 0 < len(heard) <= 10
+    assert len(set(taken)) == len(taken)  # each by one process
+
+
 def test_a_stream_mixes_tasks_as_often_as_the_recipe_says(parquet):
-    rows = load_corpus(parquet, "train", streaming=True)
-    args = SimpleNamespace(tasks={"asr": 0.25, "sa": 2}, shuffle_buffer=10)
-    tasks = make_tasks({"asr": "Write.", "sa": "Which?"})
-    asked_for = list(itertools.islice(Stream(args, rows, tasks, 0, 10), 540))  # of two epochs
+    stream = open_stream(parquet, {"asr": 0.25, "sa": 2}, {"asr": "Write.", "sa": "Which?"})
+    asked_for = list(itertools.islice(stream, 540))  # of two epochs
     assert sum(row["task"] == "asr" for row in asked_for) == pytest.approx(60, abs=20)
-    asked = SimpleNamespace(tasks={"ner": 1}, shuffle_buffer=10)  # there are no entities
-    with pytest.raises(ValueError, match="not one row of the stream has a label for ner"):
-        next(iter(Stream(asked, rows, make_tasks({"ner": "Tag."}), 0, 10)))
+    assert all(row.keys() == {*SCHEMA, "task"} for row in asked_for)
+    with pytest.raises(ValueError, match="not one row of this process's share of the stream has a label for ner"):
+        next(iter(open_stream(parquet, {"ner": 1}, {"ner": "Tag."})))  # there are no entities
 
 
 def test_a_stream_is_read_in_flat_memory(tmp_path):
