@@ -127,7 +127,7 @@ SAID = {  # field, what was found, what to do
     "empty_file": r"file_name: .*row-\d+.wav: 0 bytes; get the file again",
     "truncated": r"audio: .*row-\d+.flac: .*; (get the file again|give a WAV, FLAC)",
     "unreadable": r"audio: .*row-\d+.wav: not readable as audio .*; give a WAV, FLAC, OGG or MP3 file",
-    "not_finite": r"audio: .*: 1 of 8000 samples are NaN or infinite; repair or drop the clip",
+    "not_finite": r"audio: .*: 1 of 8000 samples are NaN or infinite, .*; repair or drop the clip",
     "silent": r"audio: .*: silence or a constant from end to end; record it again",
     "too_short": r"audio: .*: 0.010 s, no word is so short; delete the row",
     "too_long": r"audio: .*: 40.00 s of audio, the limit is 30 s; cut it into shorter clips",
