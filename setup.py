@@ -50,7 +50,6 @@ setup(
         "accelerate>=1.15,<2",  # the oldest that puts a whole model on the disk
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
-        "fsspec[http]>=2024.9,<2027",
         "evaluate>=0.4.6,<0.5",
         "safetensors>=0.6,<1",
         "huggingface-hub>=2.0,<3",
@@ -59,6 +58,7 @@ setup(
         "scikit-learn>=1.5,<2",
         "whisper-normalizer>=0.1.12,<0.2",
         "espeakng-loader>=0.2.4,<0.3",  # speaks the quickstart's corpus
+        "fsspec[http]>=2024.9,<2027",  # audio that a row names by an address
         "gguf>=0.17,<1",  # backbones without the Hub
         "filelock>=3.16",
         "jinja2>=3.1.6,<4",  # transformers renders chat templates with no older one
