@@ -1,5 +1,6 @@
 """train_sense.py and eval_sense.py as their users call them, on tiny backbones."""
 
+import itertools
 import json
 import os
 import shutil
@@ -521,13 +522,15 @@ def test_stages_go_on_from_an_output_folder_or_a_checkpoint(recipe, tmp_path):
         train_sense.main([recipe(init_from=str(first), lora_r=4, num_audio_tokens=125)])
 
 
-def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tmp_path):
+def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tmp_path, monkeypatch):
+    ticks = itertools.count()  # by this clock a step takes 0.1 s: a real one may take as long as it likes
+    monkeypatch.setattr(train_sense, "time", SimpleNamespace(perf_counter=lambda: 0.1 * next(ticks)))
     endless = {"max_steps": 100_000, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "no"}
     train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
-    assert 1 <= state["global_step"] < 1000 and rates[-1] < 1e-3
-    assert state["stateful_callbacks"]["TimeBudget"]["attributes"]["seconds"] > 1.2
+    assert state["global_step"] in (12, 13) and rates[-1] < 0.2e-3
+    assert state["stateful_callbacks"]["TimeBudget"]["attributes"]["seconds"] > 1.19
     # Started again, it finds its budget spent.
     train_sense.main([recipe(**endless), "--max_minutes", "0.02"])
     again = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
@@ -536,7 +539,7 @@ def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tm
     train_sense.main([recipe(**endless), "--max_minutes", "0.04"])
     later = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     rates = [e["learning_rate"] for e in later["log_history"] if e["step"] > again["global_step"] and "loss" in e]
-    assert later["global_step"] > again["global_step"] and rates and max(rates) < 0.6e-3
+    assert later["global_step"] in (24, 25) and len(rates) >= 10 and max(rates) < 0.6e-3
 
 
 def test_the_dtype_of_frozen_weights_is_one_that_the_device_knows(recipe, monkeypatch):
