@@ -120,6 +120,7 @@ def test_a_checkpoint_has_the_history_of_its_run_and_its_own_steps(whole, tmp_pa
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 50, "epoch": 0.5}))
     assert "1.50 h; 50 steps, 0.50 epochs;" in card_of(whole, tmp_path, run=checkpoint).text
     recipe = {name: None for name in RECIPE} | {"dataset_dir": str(tmp_path), "init_from": str(checkpoint)}
+    recipe["streaming"] = False
     state = SimpleNamespace(global_step=7, epoch=1.0)
     record_training(tmp_path, recipe, {"duration": [1.0], "language": ["en"]}, state, {"adapter": 3})
     stages = json.loads((tmp_path / "training.json").read_text())

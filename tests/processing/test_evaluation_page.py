@@ -239,6 +239,7 @@ def test_what_was_evaluated():
         "split": "test",
         "max_samples": 3,
         "text_column": "text",
+        "constrained": False,
     }
     config = SimpleNamespace(backbones={"audio": {"id": "whisper-x"}, "text": {"id": "llama-y"}})
     model = SimpleNamespace(
@@ -249,6 +250,8 @@ def test_what_was_evaluated():
     config.backbones |= {"fingerprint": "12ab", "merged_lora": {"r": 4}}
     again = describe_run(SimpleNamespace(**args, num_beams=5, batch_size=8), model, 2, 0.25)
     assert again["backbones"] == about["backbones"]
+    kept = describe_run(SimpleNamespace(**args | {"constrained": True}, num_beams=5, batch_size=8), model, 2, 0.25)
+    assert kept["decoding"] == "5 beams, constrained"
     assert about["decoding"] == "5 beams" and about["split"] == "test, its first 3 rows at most"
     assert about["number format"] == "bfloat16" and "configuration" not in about
     assert f"torch {torch.__version__.partition('+')[0]}" in about["versions"] and "2 processes" in about["machine"]
