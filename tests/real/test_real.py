@@ -14,6 +14,7 @@ from processing.backbones import backbone_path
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.processing_sense import load_audio
+from processing.recipe import SenseArguments
 from processing.scoring import NORMALIZE
 from processing.synthesis import main as synthesize
 from processing.tasks import make_tasks
@@ -39,7 +40,8 @@ def speech(tmp_path_factory):
 def sense(whisper):
     llm = str(backbone_path("SmolLM2-135M-Instruct"))
     torch.manual_seed(0)
-    model = SenseForConditionalGeneration.from_backbones(whisper, llm, dtype=torch.bfloat16)
+    dtype = SenseArguments(dataset_dir="any").dtype("cpu")
+    model = SenseForConditionalGeneration.from_backbones(whisper, llm, dtype=dtype)
     return model, SenseProcessor.from_backbones(whisper, llm)
 
 
