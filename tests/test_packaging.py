@@ -14,7 +14,19 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-UNTRACKED = (".git", ".*cache", ".venv", "*.egg-info", "__pycache__", "build", "data", "dist", "outputs")
+UNTRACKED = (
+    ".git",
+    ".*cache",
+    ".coverage*",
+    ".hypothesis",
+    ".venv",
+    "*.egg-info",
+    "__pycache__",
+    "build",
+    "data",
+    "dist",
+    "outputs",
+)
 
 
 @pytest.fixture(scope="module")
