@@ -23,7 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, exposition
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from soundfile import SoundFileError
 from starlette.exceptions import HTTPException
 
@@ -40,6 +40,12 @@ READERS = 2  # threads
 FORM = {"max_files": 1, "max_fields": 16, "max_part_size": 2**16}  # in bytes; fields lie in memory
 LAST_WORDS = 0.5  # seconds at the end, in which those who were connected by then are still told 503
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # of errors; others by their hundreds
+# Fields of OpenAI's that must be left out or nothing, and why.
+NOT_TAKEN = {
+    "temperature": "found {:g}; answers are greedy or by beams, never sampled: give 0 or leave it out",
+    "prompt": "the model hears with the prompt that it was trained with: leave it out",
+    "stream": "answers come whole: leave it out",
+}
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -71,25 +77,11 @@ class Transcription(Asked):
     prompt: str = ""
     stream: bool = False
 
-    @field_validator("temperature")
+    @field_validator(*NOT_TAKEN)
     @classmethod
-    def _is_zero(cls, value: float) -> float:
-        if value != 0:
-            raise ValueError(f"found {value:g}; answers are greedy or by beams, never sampled: give 0 or leave it out")
-        return value
-
-    @field_validator("prompt")
-    @classmethod
-    def _is_empty(cls, value: str) -> str:
+    def _is_left_out(cls, value, info: ValidationInfo):
         if value:
-            raise ValueError("the model hears with the prompt that it was trained with: leave it out")
-        return value
-
-    @field_validator("stream")
-    @classmethod
-    def _is_off(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("answers come whole: leave it out")
+            raise ValueError(NOT_TAKEN[info.field_name].format(value))
         return value
 
     @model_validator(mode="after")

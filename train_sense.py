@@ -463,7 +463,7 @@ def require_stream_settings(training: TrainingArguments):
 
 def open_stream(
     args: SenseArguments, training: TrainingArguments, tasks, checkpoint: str | None, bad_rows: BadRows
-) -> "Stream":
+) -> Stream:
     """The training questions; behind those that the checkpoint learnt from, which are read, but not decoded."""
     steps = 0
     if checkpoint is not None:
