@@ -3,6 +3,7 @@ The page: speak or upload a recording, see what was said, which entities were na
 
     python app.py MODEL [--examples DIR] [--port 7860]     # MODEL: folder or Hub id of a SENSE checkpoint
     SENSE_MODEL=MODEL python app.py                        # the same; as a Space runs it, see docs/space.md
+    python app.py                                          # sense-mini, which comes with the package
 """
 
 import argparse
@@ -23,7 +24,7 @@ import soundfile
 from transformers import TextStreamer
 
 from processing.grammar import sentences
-from processing.hub import load_checkpoint
+from processing.hub import SHIPPED, load_checkpoint
 from processing.long_audio import RATE, SPEECH, SpeechDetector, read_blocks
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.processing_sense import MAX_SECONDS, open_audio
@@ -387,13 +388,13 @@ def main(argv: list[str] | None = None):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=os.environ.get("SENSE_MODEL"), help="default: $SENSE_MODEL")
+    model = os.environ.get("SENSE_MODEL") or SHIPPED
+    parser.add_argument(
+        "model", nargs="?", default=model, help=f"folder or Hub id; default: $SENSE_MODEL, or {SHIPPED}"
+    )
     parser.add_argument("--examples", help="folder of recordings; without it, some are spoken")
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, or the first free one from 7860")
-    args = parser.parse_args(argv)
-    if not args.model:
-        parser.error("give MODEL, or set SENSE_MODEL: the folder or Hub id of a SENSE checkpoint")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -38,18 +38,12 @@ cli = typer.Typer(
 )
 
 
-def _name_model(model: str) -> str:
-    if not model:
-        raise typer.BadParameter("name a folder or Hub id, or set SENSE_MODEL; `make quickstart` trains a small model")
-    return model
-
-
 Files = Annotated[
     list[str],
     typer.Argument(metavar="FILE", help="Recordings of any length, paths or addresses; - is stdin."),
 ]
 Model = Annotated[
-    str, typer.Option(envvar="SENSE_MODEL", callback=_name_model, help="Folder or Hub id of a SENSE model.")
+    str, typer.Option(envvar="SENSE_MODEL", help="Folder or Hub id of a SENSE model; sense-mini is here already.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a recording, each on a line.")]
 AsSrt = Annotated[bool, typer.Option("--srt", help="SubRip subtitles.")]
@@ -83,7 +77,7 @@ def sense(
 @cli.command()
 def transcribe(
     files: Files,
-    model: Model = "",
+    model: Model = "sense-mini",
     as_json: AsJson = False,
     as_srt: AsSrt = False,
     as_vtt: AsVtt = False,
@@ -116,7 +110,7 @@ def transcribe(
 @cli.command()
 def understand(
     files: Files,
-    model: Model = "",
+    model: Model = "sense-mini",
     as_json: AsJson = False,
     as_srt: AsSrt = False,
     as_vtt: AsVtt = False,
@@ -181,9 +175,11 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", envvar="SENSE_MODEL", callback=_name_model, help="Folder or Hub id of a SENSE model."
+            metavar="MODEL",
+            envvar="SENSE_MODEL",
+            help="Folder or Hub id of a SENSE model; sense-mini is here already.",
         ),
-    ] = "",
+    ] = "sense-mini",
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets others on the network in.")
     ] = "127.0.0.1",

@@ -29,6 +29,8 @@ from .report import write_text
 
 
 CARD = "README.md"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+SHIPPED = "sense-mini"  # comes with this package: what was trained; the backbones are fetched
 # The Hub's copy follows the folder in these: an adapter that replaces a whole model leaves no weights of that behind.
 REPLACED = [CONFIG_NAME, "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"]
 REPLACED += ["model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
@@ -43,6 +45,11 @@ def start_processes():
         PartialState(cpu=True)
 
 
+def shipped(name: str | os.PathLike) -> str | os.PathLike:
+    """The folder of the checkpoint that comes with this package, by its name; any other name as it is."""
+    return CHECKPOINTS / SHIPPED if str(name) == SHIPPED and not Path(name).exists() else name
+
+
 def load_checkpoint(
     folder: str | os.PathLike,
     dtype: str = "auto",
@@ -55,7 +62,8 @@ def load_checkpoint(
     Model (eval mode, on the GPU where there is one) and processor of a whole model or an adapter.
 
     Args:
-        folder: what `save_pretrained` or `save_adapter` wrote, the processor beside it: a folder or a Hub id.
+        folder: what `save_pretrained` or `save_adapter` wrote, the processor beside it: a folder or a Hub id. Or
+            `"sense-mini"`, which comes with this package.
         dtype: auto (as saved; of an adapter: as trained), float32, bfloat16 or float16.
         revision: on the Hub: branch, tag or commit.
         token: for the Hub, where it is private.
@@ -66,7 +74,7 @@ def load_checkpoint(
         ValueError: another kind of model, neither a whole model nor an adapter there, or what
             `SenseForConditionalGeneration.from_adapter` refuses.
     """
-    where = {"revision": revision, "token": token}
+    folder, where = shipped(folder), {"revision": revision, "token": token}
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **where)
     if not isinstance(processor, SenseProcessor):
         raise ValueError(f"{folder} is no SENSE model: what prepares its input is a {type(processor).__name__}")

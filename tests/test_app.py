@@ -172,14 +172,12 @@ def test_examples_are_spoken_or_a_folders(tmp_path, clip):
         app.find_examples(tmp_path / "empty")
 
 
-def test_the_model_comes_from_the_environment_or_is_asked_for(monkeypatch, capsys):
+def test_the_model_comes_from_the_environment_or_with_the_package(monkeypatch):
     monkeypatch.setenv("SENSE_MODEL", "user/model")
     assert app.parse_args([]).model == "user/model"
     assert app.parse_args(["folder"]).model == "folder"
     monkeypatch.delenv("SENSE_MODEL")
-    with pytest.raises(SystemExit):
-        app.parse_args([])
-    assert "give MODEL, or set SENSE_MODEL" in capsys.readouterr().err
+    assert app.parse_args([]).model == "sense-mini"
 
 
 def test_a_space_is_complete(tmp_path):

@@ -184,7 +184,6 @@ def test_interrupted_it_says_no_more_than_that():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["transcribe", "a.wav"], "SENSE_MODEL"),
         (["transcribe", "--model", "m"], "FILE"),
         (["transcribe", "--model", "m", "--srt", "--vtt", "a.wav"], "choose one"),
         (["understand", "--model", "m", "--srt", "a.wav", "b.wav"], "--output"),

@@ -490,7 +490,6 @@ def test_32_clients_of_the_command_and_a_stop_in_the_midst(saved, monkeypatch):
     "options, problem",
     [
         (["--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
-        ([], "name a folder or Hub id"),
         (["no/such/folder"], "is no model that can be loaded"),
         (["some/model", "--max-upload-mb", "0"], "--max-upload-mb"),
         (["some/model", "--max-minutes", "0"], "--max-minutes"),

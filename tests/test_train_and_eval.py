@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import WhisperModel
 
 import eval_sense
+import modeling_sense.modeling_sense
 import train_sense
+from benchmarks import slam_asr
 from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import report
 from processing.datasets import load_corpus
@@ -544,6 +546,20 @@ def test_a_run_with_the_word_loss_goes_on_as_it_began(recipe, tmp_path):
     heard["word_loss"] = True
     with pytest.raises(ValueError, match="spoken_words.safetensors: can't be read"):
         train()
+
+
+def test_slam_projector_in_the_place_of_the_adapter(recipe, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_sense.modeling_sense, "SenseAdapter", modeling_sense.modeling_sense.SenseAdapter)
+    heard = {"encoder_cache": str(tmp_path / "cache"), "warm_start": False, "max_steps": 2}
+    metrics = slam_asr.main(["train", recipe(**heard)])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    heard, hidden = 5 * config["audio_config"]["d_model"], config["text_config"]["hidden_size"]
+    assert metrics["trained_parameters"] == (heard + 1) * 2048 + (2048 + 1) * hidden
+    scored = ["eval", "--model", str(tmp_path / "out"), "--dataset", corpus, "--output_dir", str(tmp_path / "scored")]
+    slam_asr.main(scored)
+    assert json.loads((tmp_path / "scored" / "metrics.json").read_text())["wer"] >= 0
+    with pytest.raises(SystemExit, match="Trains and scores"):
+        slam_asr.main(["play"])
 
 
 def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tmp_path, monkeypatch):
