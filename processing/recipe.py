@@ -79,10 +79,6 @@ class SenseArguments:
     classifier_alpha: float = field(default=0.2, metadata={"help": "the classifier's share of the loss"})
     classifier_max_weight: float = field(default=20.0, metadata={"help": "cap on the weight of a rare tag"})
 
-    word_loss: bool = field(
-        default=False, metadata={"help": "learn at each audio token, too, which word was just said"}
-    )
-
     config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     eval_split: str = field(default="dev", metadata={"help": "split to choose the best checkpoint by"})
@@ -127,8 +123,6 @@ class SenseArguments:
             raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
         if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask):
             raise ValueError("speeds and time_mask work on cached features: set encoder_cache to a folder")
-        if self.encoder_cache is None and self.word_loss:
-            raise ValueError("word_loss works on cached features: set encoder_cache to a folder")
         if self.encoder_cache is None and self.cache_only:
             raise ValueError("cache_only fills a cache: set encoder_cache to a folder")
         self.tasks, self.prompts = _mapping("tasks", self.tasks), _mapping("prompts", self.prompts)

@@ -141,6 +141,7 @@ PROGRAMS = (
     "tests.reliability.stream_memory",
     "benchmarks",
     "benchmarks.long_audio",
+    "benchmarks.slam_asr",
     "benchmarks.small_machines",
     "benchmarks.word_times",
     "tests.reliability.fuzz_parsers",

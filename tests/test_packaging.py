@@ -14,6 +14,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGED = ("modeling_sense/", "processing/", "recipes/", "checkpoints/")
 UNTRACKED = (
     ".git",
     ".*cache",
@@ -59,7 +60,7 @@ def test_archives_hold_all_files(built):
         sources = {name.partition("/")[2] for name in archive.getnames()}
     files = [path for path in ROOT.rglob("*") if path.is_file()]
     names = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
-    packaged = {name for name in names if name.startswith(("modeling_sense/", "processing/", "recipes/"))}
+    packaged = {name for name in names if name.startswith(PACKAGED)}
     assert packaged and packaged <= held
     assert {"app.py", "eval_sense.py", "sense_cli.py", "serve.py", "train_sense.py", "annotate_sense.py"} <= held
     beside = ("tests/", "docs/", "benchmarks/", "scripts/")

@@ -245,7 +245,6 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ("learning_rte: 1", "unknown field 'learning_rte'; did you mean 'learning_rate'"),
         ("- 1", "must hold `field: value` lines, found list"),
         ("time_mask: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
-        ("word_loss: true\ndataset_dir: x", "word_loss works on cached features: set encoder_cache to a folder"),
         ("cache_only: true\ndataset_dir: x", "cache_only fills a cache: set encoder_cache to a folder"),
         ("audio_tokens: trim", "dataset_dir is missing"),
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
@@ -523,29 +522,6 @@ def test_stages_go_on_from_an_output_folder_or_a_checkpoint(recipe, tmp_path):
             train_sense.main([recipe(init_from=str(first), **other)])
     with pytest.raises(ValueError, match="num_audio_tokens is 250 there, 125 in the recipe"):
         train_sense.main([recipe(init_from=str(first), lora_r=4, num_audio_tokens=125)])
-
-
-def test_a_run_with_the_word_loss_goes_on_as_it_began(recipe, tmp_path):
-    heard = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "time_mask": 0.2, "word_loss": True}
-
-    def train():
-        train_sense.main([recipe(**heard)])
-        return load_file(tmp_path / "out" / "model.safetensors")
-
-    whole, words = train(), (tmp_path / "out" / "spoken_words.safetensors").read_bytes()
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    resumed = train()
-    assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
-    assert (tmp_path / "out" / "spoken_words.safetensors").read_bytes() == words
-    heard["word_loss"] = False
-    shutil.rmtree(tmp_path / "out")
-    train()
-    without = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["log_history"][0]["loss"] != without["log_history"][0]["loss"]  # of other labels
-    heard["word_loss"] = True
-    with pytest.raises(ValueError, match="spoken_words.safetensors: can't be read"):
-        train()
 
 
 def test_slam_projector_in_the_place_of_the_adapter(recipe, corpus, tmp_path, monkeypatch):
