@@ -78,26 +78,35 @@ def warm_start(
     regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
     clips = min(len(dataset), max_clips or len(dataset))
     for row in tqdm(dataset.select(range(clips)), desc="warm start", unit="clip"):
-        features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
-        frames = model.model.audio_tower(
-            features["input_features"].to(model.model.audio_tower.dtype)
-        ).last_hidden_state
-        frame_mask = features["input_features_mask"][:, ::2]
-        pooled, mask = adapter.pool(frames, frame_mask)
-        tokens = spoken_tokens(
-            row["text"],
-            aligner.word_times(frames, row["text"], int(frame_mask.sum())),
-            num_tokens=int(mask.sum()),
-            frames_per_token=frames.shape[1] / adapter.num_audio_tokens,
-            tokenizer=processor.tokenizer,
-        )
-        if tokens is not None:
-            speech = pooled[mask][: len(tokens)].float()
-            regression.add(adapter.norm(speech).cpu(), embeddings[tokens.to(embeddings.device)].float().cpu())
+        heard = speech_and_tokens(model, processor, aligner, row)
+        if heard is not None:
+            speech, tokens = heard
+            regression.add(speech.cpu(), embeddings[tokens.to(embeddings.device)].float().cpu())
     weight, bias, r2 = regression.solve(ridge)
     adapter.linear.weight.copy_(gain * weight)
     adapter.linear.bias.copy_(gain * bias)
     return {"clips": clips, "audio_tokens": regression.rows, "r2": r2, "word_times": aligner.kind}
+
+
+@torch.inference_mode()
+def speech_and_tokens(model, processor: SenseProcessor, aligner: "WordAligner", row: dict):
+    """
+    Of a clip's audio tokens, the adapter's linear layer's input `(num_tokens, d_model)` and the LLM tokens that are
+    spoken, `(num_tokens,)`; None for an empty text.
+    """
+    adapter = model.model.multi_modal_projector
+    features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
+    encoded, frame_mask = model.model.encode(**features)
+    frames = encoded.last_hidden_state
+    pooled, mask = adapter.pool(frames, frame_mask)
+    tokens = spoken_tokens(
+        row["text"],
+        aligner.word_times(frames, row["text"], int(frame_mask.sum())),
+        num_tokens=int(mask.sum()),
+        frames_per_token=frames.shape[1] / adapter.num_audio_tokens,
+        tokenizer=processor.tokenizer,
+    )
+    return None if tokens is None else (adapter.norm(pooled[mask][: len(tokens)].float()), tokens)
 
 
 def spoken_tokens(
@@ -184,4 +193,4 @@ class WordAligner:
         return standardize(attention, 1).mean(0).detach().cpu()
 
 
-__all__ = ["RidgeRegression", "WordAligner", "spoken_tokens", "warm_start"]
+__all__ = ["RidgeRegression", "WordAligner", "speech_and_tokens", "spoken_tokens", "warm_start"]

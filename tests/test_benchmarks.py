@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks import compare, long_audio, measure, report, small_machines, word_times
+from benchmarks import compare, long_audio, measure, report, small_machines, warm_start, word_times
 from benchmarks.__main__ import main, make_settings, parse
 from benchmarks.setting import TASKS, Setting
 from benchmarks.systems import (
@@ -253,3 +253,13 @@ def test_the_long_recording_benchmark_runs(tmp_path, tiny_whisper, tiny_llama):
     for recording in found["recordings"]:
         assert recording["peak_mib"] > 100 and recording["duration"] >= 60 * recording["minutes"]
     assert (tmp_path / "out" / "long_audio.md").read_text().count("|") > 20
+
+
+def test_the_warm_start_is_measured_on_clips_that_it_has_not_seen(tmp_path, tiny_whisper, tiny_llama):
+    corpus = write_corpus(tmp_path / "corpus", train=4, dev=2, test=1)
+    command = ["--dataset", corpus, "--encoders", tiny_whisper, "--llm", tiny_llama, "--clips", "2", "4"]
+    found = warm_start.main([*command, "--ridge", "0.01", "--out", str(tmp_path / "out")])["found"]
+    assert [one["clips"] for one in found] == [2, 4] and all(0 <= one["top1"] <= one["top10"] <= 100 for one in found)
+    assert "| 4 | 0.01 |" in (tmp_path / "out" / "warm_start.md").read_text()
+    tokens, embeddings = torch.tensor([3, 1]), torch.randn(5, 8)
+    assert warm_start.ranks(embeddings[tokens], tokens, embeddings).tolist() == [0, 0]

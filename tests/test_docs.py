@@ -143,6 +143,7 @@ PROGRAMS = (
     "benchmarks.long_audio",
     "benchmarks.slam_asr",
     "benchmarks.small_machines",
+    "benchmarks.warm_start",
     "benchmarks.word_times",
     "tests.reliability.fuzz_parsers",
     "tests.reliability.golden",
