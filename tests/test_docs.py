@@ -331,7 +331,7 @@ def workplace(tmp_path_factory, tiny_whisper, tiny_llama) -> Path:
     processor = SenseProcessor.from_backbones(tiny_whisper, tiny_llama, prompts=prompts)
     links = {"openai/whisper-small": tiny_whisper, "TinyLlama/TinyLlama-1.1B-Chat-v1.0": tiny_llama}
     links |= {"processing": ROOT / "processing"}
-    for name in ("outputs/quickstart", "outputs/mini/3b_slue_sa"):
+    for name in ("outputs/quickstart", "outputs/mini/3b_slue_sa", "sense-mini"):
         for part in (model, processor):
             part.save_pretrained(folder / name)
     for name, target in links.items():

@@ -1,0 +1,43 @@
+"""The checkpoint that comes with the package, as its files; tests/real hears with it."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from modeling_sense.modeling_sense import ADAPTER_WEIGHTS, is_trained, read_adapter_config
+from processing import SenseProcessor
+from processing.hub import SHIPPED, shipped
+from processing.recipe import find_recipe
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "sense-mini"
+
+
+def test_what_was_trained_alone_is_shipped():
+    names = {path.name for path in FOLDER.iterdir()}
+    assert {ADAPTER_WEIGHTS, "sense_adapter.json", "README.md", "processor_config.json", "tokenizer.json"} <= names
+    assert not {path.suffix for path in FOLDER.iterdir()} & {".py", ".bin", ".pt", ".pkl"}
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 25e6
+    with safe_open(FOLDER / ADAPTER_WEIGHTS, "pt") as weights:
+        sizes = {name: weights.get_tensor(name).numel() for name in weights.keys()}
+    assert all(map(is_trained, sizes)) and not any(name.startswith("classifier.") for name in sizes)
+    assert f"{sum(sizes.values()):,}" in (FOLDER / "README.md").read_text()
+
+
+def test_it_names_backbones_that_are_the_same_everywhere():
+    backbones = read_adapter_config(FOLDER)["backbones"]
+    found = [backbones[part]["id"] for part in ("audio", "text")]
+    assert found == ["whisper-base@packages", "SmolLM2-135M-Instruct@packages"]
+
+
+def test_it_answers_as_its_recipe_asked():
+    recipe = Path(find_recipe("sense_mini/2_understand")).read_text()
+    prompts = SenseProcessor.from_pretrained(FOLDER).prompts
+    assert set(prompts) == {"asr", "ner", "sa"} and all(f"{name}: {text}" in recipe for name, text in prompts.items())
+
+
+def test_it_goes_by_its_name_unless_a_folder_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped(SHIPPED) == FOLDER and shipped("other") == "other"
+    (tmp_path / SHIPPED).mkdir()
+    assert shipped(SHIPPED) == SHIPPED
