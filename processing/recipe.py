@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_sense import QUANTIZATIONS
+from modeling_sense.modeling_sense import LORA_TARGETS
 
 from .annotation.noise import RATES, add_noise
 from .bad_rows import BadRows
@@ -45,9 +46,12 @@ class SenseArguments:
     )
     num_audio_tokens: int = field(default=250, metadata={"help": "steps that 30 s of speech are pooled to"})
     audio_tokens: str = field(default="trim", metadata={"help": "trim (those that hold speech) or fixed (all)"})
-    lora_r: int = field(default=0, metadata={"help": "rank of LoRA on q, k, v; 0 trains the adapter alone"})
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA; 0 trains the adapter alone"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA"})
+    lora_target_modules: str = field(
+        default=LORA_TARGETS, metadata={"help": "regular expression on the names of the modules with LoRA"}
+    )
     adapter_learning_rate: float | None = field(
         default=None, metadata={"help": "of the adapter; default: learning_rate"}
     )
@@ -112,6 +116,12 @@ class SenseArguments:
         default_factory=lambda: [1.0], metadata={"help": "versions of each training clip kept in the cache"}
     )
     time_mask: float = field(default=0.0, metadata={"help": "share of audio tokens hidden in training"})
+    time_stretch: float = field(
+        default=0.0, metadata={"help": "largest share of audio tokens that a clip gains or loses in training"}
+    )
+    answer_noise: float = field(
+        default=0.0, metadata={"help": "share of the answer's tokens that training reads as random ones"}
+    )
 
     warm_start: bool = field(default=True, metadata={"help": "closed-form start of the adapter"})
     warm_start_gain: float = field(default=1.5, metadata={"help": "factor on the regression's output"})
@@ -121,8 +131,17 @@ class SenseArguments:
     def __post_init__(self):
         if not self.dataset_dir:
             raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
-        if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask):
-            raise ValueError("speeds and time_mask work on cached features: set encoder_cache to a folder")
+        if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask or self.time_stretch):
+            raise ValueError(
+                "speeds, time_mask and time_stretch work on cached features: set encoder_cache to a folder"
+            )
+        if self.time_stretch and self.audio_tokens == "fixed":
+            raise ValueError(
+                "time_stretch changes how many audio tokens a clip has: leave it or audio_tokens: fixed out"
+            )
+        for name in ("time_mask", "time_stretch", "answer_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: give a share from 0 to below 1, found {getattr(self, name)}")
         if self.encoder_cache is None and self.cache_only:
             raise ValueError("cache_only fills a cache: set encoder_cache to a folder")
         self.tasks, self.prompts = _mapping("tasks", self.tasks), _mapping("prompts", self.prompts)
@@ -169,6 +188,8 @@ class SenseArguments:
         for name in ("encoder_cache", "balance_classes", "label_noise", "max_train_samples"):
             if getattr(self, name):
                 raise ValueError(f"{name} needs all rows before the first step: leave it or streaming out")
+        if self.answer_noise:
+            raise ValueError("answer_noise is drawn by a row's place in its epoch: leave it or streaming out")
         if self.train_entities != "given":
             raise ValueError("train_entities: spacy reads all rows before the first step: leave it or streaming out")
         if not self.warm_start_clips:

@@ -230,7 +230,7 @@ def test_commands_name_what_there_is(page, tmp_path, parse_only, capsys):
     for words in (words for script in blocks(page, "bash") for words in commands(script, tmp_path)):
         assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/")), words
         if words[0] == "make":
-            assert set(words[1:]) <= set(targets), words
+            assert {word for word in words[1:] if "=" not in word} <= set(targets), words
         if words[0] in FOREIGN:
             continue
         program, *argv = without_launcher(words)
@@ -296,7 +296,7 @@ def known_options() -> set[str]:
 
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         for program in PROGRAMS:
-            if program not in ("train_sense.py", "processing.report"):
+            if program not in ("train_sense.py", "processing.report", "benchmarks.slam_asr"):  # they have no parser
                 with pytest.raises(Parsed):
                     call(program, [])
         with pytest.raises(Parsed):
@@ -308,7 +308,7 @@ def known_options() -> set[str]:
 
 def test_the_table_of_fields_is_whole_and_its_defaults_are_true():
     rows = re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`)? *\|", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
-    stated = dict(rows)
+    stated = {name: default.replace("\\|", "|") for name, default in rows}
     assert len(stated) == len(rows)
     defaults = {}
     for field in dataclasses.fields(train_sense.SenseArguments):

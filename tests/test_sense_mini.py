@@ -10,7 +10,8 @@ from processing.hub import SHIPPED, shipped
 from processing.recipe import find_recipe
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "sense-mini"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "checkpoints" / "sense-mini"
 
 
 def test_what_was_trained_alone_is_shipped():
@@ -21,7 +22,10 @@ def test_what_was_trained_alone_is_shipped():
     with safe_open(FOLDER / ADAPTER_WEIGHTS, "pt") as weights:
         sizes = {name: weights.get_tensor(name).numel() for name in weights.keys()}
     assert all(map(is_trained, sizes)) and not any(name.startswith("classifier.") for name in sizes)
-    assert f"{sum(sizes.values()):,}" in (FOLDER / "README.md").read_text()
+    lora = sum(size for name, size in sizes.items() if ".lora_" in name)
+    adapter = sum(sizes.values()) - lora
+    assert f"adapter {adapter:,}, LoRA {lora:,}" in (FOLDER / "README.md").read_text()
+    assert f"{adapter + lora:,}" in (ROOT / "docs" / "sense_mini.md").read_text()
 
 
 def test_it_names_backbones_that_are_the_same_everywhere():
@@ -31,7 +35,7 @@ def test_it_names_backbones_that_are_the_same_everywhere():
 
 
 def test_it_answers_as_its_recipe_asked():
-    recipe = Path(find_recipe("sense_mini/2_understand")).read_text()
+    recipe = Path(find_recipe("sense_mini/2_asr_ner_sa")).read_text()
     prompts = SenseProcessor.from_pretrained(FOLDER).prompts
     assert set(prompts) == {"asr", "ner", "sa"} and all(f"{name}: {text}" in recipe for name, text in prompts.items())
 

@@ -23,6 +23,7 @@ import train_sense
 from benchmarks import slam_asr
 from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import report
+from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.hub import export_model, load_checkpoint
 from processing.questions import Mixture, spread, usual_length
@@ -103,6 +104,22 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
 
     report.main([str(tmp_path / "both.png"), f"one={out}", f"two={out}"])
     assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
+
+
+def test_regularised_training_is_scored_on_data_as_it_is(recipe, corpus, tmp_path):
+    """Stretched clips, noise in the answers and LoRA on other modules, in training alone."""
+    settings = {"time_stretch": 0.3, "answer_noise": 0.5, "lora_r": 2, "lora_target_modules": r".*\.down_proj"}
+    made = recipe(output_dir=str(tmp_path / "one"), encoder_cache=str(tmp_path / "cache"), **settings)
+    metrics = train_sense.main([made, "--max_steps", "2"])
+    model, processor = load_checkpoint(str(tmp_path / "one"))
+    assert model.config.lora["target_modules"] == r".*\.down_proj"
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in model.trained_state_dict() if ".lora_" in name} == {
+        "down_proj"
+    }
+    # Were the dev split stretched or noisy too, its loss would be another.
+    rows = [{**row, "task": "asr"} for row in load_corpus(corpus, "dev")]
+    loss = float(model(**SenseCollator(processor, make_tasks(processor.prompts, {"asr": 1}))(rows)).loss)
+    assert metrics["eval_true_loss"] == pytest.approx(loss, rel=1e-3)
 
 
 def test_the_card_tells_how_a_model_was_trained_and_scored(recipe, corpus, tmp_path):
@@ -245,6 +262,13 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ("learning_rte: 1", "unknown field 'learning_rte'; did you mean 'learning_rate'"),
         ("- 1", "must hold `field: value` lines, found list"),
         ("time_mask: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
+        ("time_stretch: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
+        (
+            "time_stretch: 0.1\ndataset_dir: x\nencoder_cache: x\naudio_tokens: fixed",
+            "changes how many audio tokens a clip has",
+        ),
+        ("answer_noise: 1\ndataset_dir: x", "answer_noise: give a share from 0 to below 1, found 1"),
+        ("answer_noise: 0.1\nstreaming: true\ndataset_dir: x", "answer_noise is drawn by a row's place"),
         ("cache_only: true\ndataset_dir: x", "cache_only fills a cache: set encoder_cache to a folder"),
         ("audio_tokens: trim", "dataset_dir is missing"),
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),

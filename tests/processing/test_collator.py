@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from processing.augmentation import change_speed, mask_time
+from processing.augmentation import change_speed, mask_time, replace_tokens, stretch_time
 from processing.collator import SenseCollator, classifier_label, tag_weights
 from processing.encoder_cache import build_cache
 from processing.tasks import make_tasks
@@ -91,3 +91,33 @@ def test_mask_hides_about_the_share_asked_for_and_leaves_the_rest():
     hidden = (mask_time(pooled, 0.2, random.Random(0)) != pooled).any(1).sum()
     assert 10 <= hidden <= 24
     assert torch.equal(mask_time(pooled, 0.0, random.Random(0)), pooled)
+
+
+def test_stretched_clips_keep_their_ends_and_their_limit():
+    pooled = torch.linspace(0, 1, 100)[:, None].expand(100, 8).half()
+    lengths = set()
+    for seed in range(20):
+        stretched = stretch_time(pooled, 0.1, random.Random(seed), longest=105)
+        assert stretched.dtype == torch.float16 and stretched.shape[1] == 8
+        assert stretched[0, 0] < 0.01 and stretched[-1, 0] > 0.99 and (stretched.diff(dim=0) >= 0).all()
+        lengths.add(len(stretched))
+    assert min(lengths) < 95 and max(lengths) == 105
+
+
+def test_noise_in_an_answer_is_read_and_not_learnt(sense, corpus, tmp_path):
+    _, processor = sense
+    rows = [{**row, "seed": f"0/0/{index}"} for index, row in enumerate(corpus)]
+    plain = SenseCollator(processor, TASKS)(rows)
+    noisy = SenseCollator(processor, TASKS, answer_noise=0.5)(rows)
+    assert torch.equal(plain["labels"], noisy["labels"]) and torch.equal(
+        plain["attention_mask"], noisy["attention_mask"]
+    )
+    changed = plain["input_ids"] != noisy["input_ids"]
+    assert changed.any() and not changed[plain["labels"] == -100].any()
+    assert torch.equal(noisy["input_ids"], SenseCollator(processor, TASKS, answer_noise=0.5)(rows)["input_ids"])
+    assert not set(noisy["input_ids"][changed].tolist()) & set(processor.tokenizer.added_tokens_decoder)
+
+
+def test_about_the_share_asked_for_is_replaced():
+    replaced = replace_tokens([1] * 1000, 0.2, random.Random(0), [2, 3])
+    assert 150 < replaced.count(2) + replaced.count(3) < 250 and replaced.count(1) > 750

@@ -274,7 +274,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(place, tmp_path):
     cache, _ = train_sense.build_caches(args, model, processor, train, train)
     tasks = make_tasks(args.prompts, args.tasks)
     mixture = Mixture(args, train, cache.lengths, tasks, processor.tokenizer, seed=3)
-    collate = train_sense.SenseCollator(processor, tasks, cache, args.time_mask)
+    collate = train_sense.SenseCollator(processor, tasks, cache, time_mask=args.time_mask)
 
     def epoch(number: int, workers: int):
         mixture.set_epoch(number)
