@@ -173,11 +173,12 @@ def test_from_a_cache_no_epoch_and_no_later_stage_runs_the_encoder(recipe, tmp_p
     cache = {"encoder_cache": str(tmp_path / "cache"), "speeds": [1.0, 0.9], "max_steps": -1, "num_train_epochs": 2}
     cache |= {"encoder_cache_storage": "int8"}
     assert train_sense.main([recipe(cache_only=True, **cache)]) == {} and not (tmp_path / "out").exists()
-    train_sense.main([recipe(output_dir=str(tmp_path / "one"), **cache)])
     assert sum(encoded) == 2 * 12  # dev's clips are among train's in this corpus
+    train_sense.main([recipe(output_dir=str(tmp_path / "one"), **cache)])
+    assert sum(encoded) == 2 * 12 + 12  # the warm start, once: it looks at single frames, which no cache holds
     ner = {"tasks": {"asr": 1, "ner": 1}, "prompts": {"asr": "Write.", "ner": "Tag."}, "classifier": "ner"}
     train_sense.main([recipe(init_from=str(tmp_path / "one"), output_dir=str(tmp_path / "two"), **cache, **ner)])
-    assert sum(encoded) == 2 * 12
+    assert sum(encoded) == 2 * 12 + 12
     model, processor = load_checkpoint(str(tmp_path / "two"))  # whole, with the encoder
     assert len(eval_sense.understand(model, processor, make_corpus(2), ["asr", "ner"])["ner"]) == 2
 
@@ -316,7 +317,7 @@ ABLATIONS = [ROOT / "recipes" / f"{name}.yaml" for name in ("ablation", "noise")
 )
 def test_shipped_recipes_are_valid(path, tmp_path):
     args, training = parse(path, tmp_path)
-    assert args.tasks.keys() <= args.prompts.keys() and args.lora_r == 32
+    assert args.tasks.keys() <= args.prompts.keys() and args.lora_r > 0
     if training.metric_for_best_model:
         _, metric = training.metric_for_best_model.split("_", 1)
         assert metric.split("_")[0] in {"wer", *args.tasks}
