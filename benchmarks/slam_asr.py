@@ -9,6 +9,7 @@ tokens for 30 s, and many times the parameters. FOLDER must be one of its own: w
 """
 
 import sys
+from unittest import mock
 
 import torch
 from torch import nn
@@ -47,9 +48,9 @@ def main(argv: list[str]):
     scripts = {"train": train_sense, "eval": eval_sense}
     if not argv or argv[0] not in scripts:
         raise SystemExit(__doc__)
-    modeling_sense.SenseAdapter = SlamProjector
     arguments = argv[1:] + (["--num_audio_tokens", str(TOKENS)] if argv[0] == "train" else [])
-    return scripts[argv[0]].main(arguments)
+    with mock.patch.object(modeling_sense, "SenseAdapter", SlamProjector):
+        return scripts[argv[0]].main(arguments)
 
 
 if __name__ == "__main__":

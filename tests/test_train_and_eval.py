@@ -549,8 +549,7 @@ def test_stages_go_on_from_an_output_folder_or_a_checkpoint(recipe, tmp_path):
         train_sense.main([recipe(init_from=str(first), lora_r=4, num_audio_tokens=125)])
 
 
-def test_slam_projector_in_the_place_of_the_adapter(recipe, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_sense.modeling_sense, "SenseAdapter", modeling_sense.modeling_sense.SenseAdapter)
+def test_slam_projector_in_the_place_of_the_adapter(recipe, corpus, tmp_path):
     heard = {"encoder_cache": str(tmp_path / "cache"), "warm_start": False, "max_steps": 2}
     metrics = slam_asr.main(["train", recipe(**heard)])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -561,6 +560,7 @@ def test_slam_projector_in_the_place_of_the_adapter(recipe, corpus, tmp_path, mo
     assert json.loads((tmp_path / "scored" / "metrics.json").read_text())["wer"] >= 0
     with pytest.raises(SystemExit, match="Trains and scores"):
         slam_asr.main(["play"])
+    assert modeling_sense.modeling_sense.SenseAdapter is not slam_asr.SlamProjector  # as before
 
 
 def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tmp_path, monkeypatch):
