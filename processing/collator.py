@@ -47,9 +47,9 @@ class SenseCollator:
         self.cache = cache
         self.time_mask, self.time_stretch, self.answer_noise = time_mask, time_stretch, answer_noise
         self.classifier = classifier
-        # Without those for audio and control: among the words of an answer they would be another prompt.
-        added = processor.tokenizer.added_tokens_decoder
-        self.ordinary_tokens = [token for token in range(len(processor.tokenizer)) if token not in added]
+        if answer_noise:  # without tokens for audio and control: in an answer they would be another prompt
+            added = processor.tokenizer.added_tokens_decoder
+            self.ordinary_tokens = [token for token in range(len(processor.tokenizer)) if token not in added]
 
     def __call__(self, rows: list[dict]) -> BatchFeature:
         """
