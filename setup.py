@@ -63,7 +63,7 @@ setup(
         "gguf>=0.17,<1",  # backbones without the Hub
         "filelock>=3.16",
         "jinja2>=3.1.6,<4",  # transformers renders chat templates with no older one
-        "numpy>=2.0,<3",
+        "numpy>=2.1,<3",  # 2.0.0 returns `unique`'s inverse with another shape
         "silero-vad>=6.2,<7",  # where long recordings are cut
         "pyyaml>=6.0,<7",
         "rich>=14,<16",

@@ -104,7 +104,6 @@ def _token_columns(steps, pieces: list[bytes | None], eos: int, end) -> tuple[np
             index[spelling] = len(columns)
             columns.append(states)
     classes, class_of_column = np.unique(np.stack(columns, 1), axis=1, return_inverse=True)
-    class_of_column = class_of_column.reshape(-1)  # NumPy 2.0.0 gives it a second axis
     found = class_of_column[[0 if spelling is None else index.get(spelling, 0) for spelling in spelt]]
     found[eos] = class_of_column[1]
     return classes, found

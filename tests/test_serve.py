@@ -193,6 +193,7 @@ def broken_off() -> bytes:
         (wav(np.zeros(61 * 1000), 1000), 413, "up to 1 are taken"),
         (b"0" * 5_000_001, 413, "larger than 5 MB"),
     ],
+    ids=["text", "empty", "no samples", "nan", "too long", "too large"],  # not the bytes: a WAV holds its time
 )
 def test_bad_uploads(client, content, status, message):
     answer = ask(client, content=content)
