@@ -520,22 +520,22 @@ def build_caches(args: SenseArguments, model, processor, train, dev):
 
 
 def start_adapter(args: SenseArguments, model, processor, train):
-    """The warm start, computed by one process and sent to the others."""
+    """The warm start, of which each process computes a part."""
     if not args.warm_start or args.init_from:
         return
+    found = warm_start(
+        model,
+        processor,
+        train,
+        resolve_backbone(args.audio_backbone),
+        gain=args.warm_start_gain,
+        ridge=args.warm_start_ridge,
+        max_clips=args.warm_start_clips,
+    )
     if PartialState().is_main_process:
-        found = warm_start(
-            model,
-            processor,
-            train,
-            resolve_backbone(args.audio_backbone),
-            gain=args.warm_start_gain,
-            ridge=args.warm_start_ridge,
-            max_clips=args.warm_start_clips,
-        )
         print(f"warm start: {found}", flush=True)
     for parameter in model.model.multi_modal_projector.parameters():
-        parameter.data = broadcast(parameter.data)
+        parameter.data = broadcast(parameter.data)  # to the last bit
 
 
 def find_checkpoint(training: TrainingArguments) -> str | None:

@@ -15,8 +15,7 @@ def whole_weights(model: nn.Module):
     answer for other rows each, in as many steps as these take, and weights can only be gathered by all at once.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # torch can set it, but has no name to ask for it by.
-    groups = [group for module in sharded for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in sharded for group in _parameter_groups(module)]
     before = [group.post_forward_mesh_info for group in groups]
     try:
         for module in sharded:
@@ -28,6 +27,14 @@ def whole_weights(model: nn.Module):
             module.reshard()
         for group, setting in zip(groups, before):
             group.post_forward_mesh_info = setting
+
+
+def _parameter_groups(module: FSDPModule) -> list:
+    """torch can set whether they are sharded again after the forward pass, but has no name to ask for it by."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [group for group in [state._fsdp_param_group] if group is not None]  # torch 2.11 knows one at most
 
 
 def gather_weights(model: nn.Module, keep: bool):

@@ -9,6 +9,8 @@ decoder, the words are spread evenly over the clip. Our own addition: the paper 
 import os
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce, send_to_device
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
 from transformers.utils import logging
@@ -26,27 +28,35 @@ class RidgeRegression:
     """Streaming ridge regression with a bias, by normal equations in float64."""
 
     def __init__(self, inputs: int, outputs: int):
-        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
-        self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
-        self.y_sum, self.y_square, self.rows = torch.zeros(outputs, dtype=torch.float64), 0.0, 0
+        sizes = {"xx": (inputs + 1, inputs + 1), "xy": (inputs + 1, outputs), "y": (outputs,), "yy": (), "rows": ()}
+        self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+    @property
+    def rows(self) -> int:
+        return int(self.sums["rows"])
 
     def add(self, x: torch.Tensor, y: torch.Tensor):
         """`x` `(rows, inputs)`, `y` `(rows, outputs)`."""
         x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
         y = y.double()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.y_sum += y.sum(0)
-        self.y_square += float(y.square().sum())
-        self.rows += len(x)
+        found = {"xx": x.T @ x, "xy": x.T @ y, "y": y.sum(0), "yy": y.square().sum(), "rows": torch.tensor(len(x))}
+        for name, value in found.items():
+            self.sums[name] += value
+
+    def gather(self):
+        """Adds the rows of all processes, on each of them."""
+        state = PartialState()
+        if state.num_processes > 1:
+            self.sums = send_to_device(reduce(send_to_device(self.sums, state.device), "sum"), "cpu")
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weight `(outputs, inputs)`, bias `(outputs,)` and R2 on the rows seen; `ridge` is per row."""
-        penalty = ridge * self.rows * torch.eye(len(self.xx), dtype=torch.float64)
+        xx, xy, yy = self.sums["xx"], self.sums["xy"], self.sums["yy"]
+        penalty = ridge * self.rows * torch.eye(len(xx), dtype=torch.float64)
         penalty[-1, -1] = 0  # the bias is free
-        solution = torch.linalg.solve(self.xx + penalty, self.xy)
-        residual = self.y_square - 2 * (solution * self.xy).sum() + (solution * (self.xx @ solution)).sum()
-        total = self.y_square - (self.y_sum.square().sum() / self.rows)
+        solution = torch.linalg.solve(xx + penalty, xy)
+        residual = yy - 2 * (solution * xy).sum() + (solution * (xx @ solution)).sum()
+        total = yy - self.sums["y"].square().sum() / self.rows
         return solution[:-1].T, solution[-1], float(1 - residual / total)
 
 
@@ -62,7 +72,7 @@ def warm_start(
     max_clips: int | None = None,
 ) -> dict:
     """
-    Sets the adapter's linear layer from up to `max_clips` rows of `dataset` (all by default).
+    Sets the adapter's linear layer from up to `max_clips` rows of `dataset` (default: all); processes share them.
 
     Args:
         model: `SenseForConditionalGeneration`.
@@ -77,11 +87,14 @@ def warm_start(
     adapter, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
     regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
     clips = min(len(dataset), max_clips or len(dataset))
-    for row in tqdm(dataset.select(range(clips)), desc="warm start", unit="clip"):
+    state = PartialState()
+    mine = dataset.select(range(state.process_index, clips, state.num_processes))
+    for row in tqdm(mine, desc="warm start", unit="clip", disable=not state.is_main_process):
         heard = speech_and_tokens(model, processor, aligner, row)
         if heard is not None:
             speech, tokens = heard
             regression.add(speech.cpu(), embeddings[tokens.to(embeddings.device)].float().cpu())
+    regression.gather()
     weight, bias, r2 = regression.solve(ridge)
     adapter.linear.weight.copy_(gain * weight)
     adapter.linear.bias.copy_(gain * bias)

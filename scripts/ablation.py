@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-Trains and scores the cells of an ablation, each with the same minutes of training, and compares them.
+Trains and scores the cells of an ablation, each with the same minutes or steps of training, and compares them.
 
 A recipe holds `cells`, what makes each one; `shared`, the fields of all; and, if they are to go on from a stage that
 they have in common, `first`, the fields of that stage. It is trained once for each number of audio tokens. `curves`,
@@ -8,6 +8,7 @@ if it is there, draws cells along a quantity: `xlabel`, and `lines`, which map a
 
     python scripts/ablation.py recipes/ablation.yaml --dataset_dir DIR --minutes 15 [--cells adapter "+ LoRA"]
     python scripts/ablation.py recipes/noise.yaml --dataset_dir data/noise --minutes 6 --split test
+    python scripts/ablation.py recipes/limits.yaml --dataset_dir DIR
 
 A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
 OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold the cells asked for so far, OUT/curves.png the curves.
@@ -25,6 +26,7 @@ from pathlib import Path
 import yaml
 
 
+LOSSES = {"true_loss": "loss", "shuffled_loss": "clips shuffled"}  # their distance is what the model hears
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -85,34 +87,41 @@ def evaluate(folder: Path, fields: dict, args: argparse.Namespace):
 
 
 def launch(args: argparse.Namespace, script: str, *options: str):
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes)]
+    # accelerate's own launcher starts one process on CPUs, whatever it is asked for.
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.num_processes}"]
     subprocess.run([*start, str(ROOT / script), *options], check=True)
 
 
 def collect(folder: Path) -> dict:
-    """A finished cell's scores, its steps and the number of parameters that it trained."""
+    """A finished cell's scores, its steps, its losses and the number of parameters that it trained."""
     scores = json.loads((folder / "scored" / "metrics.json").read_text(encoding="utf-8"))
     if "wer" not in scores:  # no transcript was asked for: the words of the entity answers
         scores |= {name.removeprefix("ner_"): value for name, value in scores.items() if name.startswith("ner_wer")}
     trained = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    return scores | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}
+    losses = {name: trained[f"eval_{name}"] for name in LOSSES}
+    return scores | losses | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}
 
 
 def write_comparison(folder: Path, cells: dict[str, dict], curves: dict):
     """The table of the cells that there are, in Markdown and CSV, its picture, and the curves through them."""
     headers, rows = comparison(cells)
-    extra = [[f"{found['trained_parameters']:,}", str(found["steps"])] for found in cells.values()]
+    extra = [
+        [f"{found['trained_parameters']:,}", str(found["steps"]), *(f"{found[name]:.2f}" for name in LOSSES)]
+        for found in cells.values()
+    ]
     table = [[row[0], *more, *row[1:]] for row, more in zip(rows, extra)]
-    write_text(folder / "ablation.md", markdown_table(["", "trained", "steps", *headers[1:]], table) + "\n")
+    headers = ["", "trained", "steps", *LOSSES.values(), *headers[1:]]
+    write_text(folder / "ablation.md", markdown_table(headers, table) + "\n")
     columns = [key for key in HEADLINES if all(key in found for found in cells.values())]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     bounds = [name for key in columns for name in (key, f"{key}_low", f"{key}_high")]
-    writer.writerow(["cell", "trained_parameters", "steps", *bounds])
+    writer.writerow(["cell", "trained_parameters", "steps", *LOSSES, *bounds])
     for name, found in cells.items():
         values = [value for key in columns for value in (found[key], *found[f"{key}_interval"])]
-        writer.writerow([name, found["trained_parameters"], found["steps"], *values])
+        known = [found[key] for key in ("trained_parameters", "steps", *LOSSES)]
+        writer.writerow([name, *known, *values])
     write_text(folder / "ablation.csv", lines.getvalue())
     save_png(plot_comparison(cells), folder / "ablation.png")
     if curves:
@@ -127,16 +136,18 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training, for each cell")
+    parser.add_argument("--minutes", type=float, help="of training, for each cell; default: the recipe's steps")
     parser.add_argument("--cells", nargs="+", help="default: all")
     parser.add_argument("--split", default="dev", help="to score on")
-    parser.add_argument("--num_processes", type=int, default=1, help="GPUs to use; on CPUs it is always one process")
+    parser.add_argument("--num_processes", type=int, default=1, help="on GPUs or CPU cores")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args(argv)
     recipe = read_recipe(args.recipe, args.cells)
     first, shared, found = recipe["first"], recipe["shared"], {}
     for name, changes in recipe["cells"].items():
-        fields = {**shared, **changes, "max_minutes": args.minutes}
+        fields = {**shared, **changes}
+        if args.minutes:
+            fields["max_minutes"] = args.minutes
         if first:
             tokens = fields.get("num_audio_tokens", SenseArguments.num_audio_tokens)
             before = args.output_dir / f"first_{tokens}_audio_tokens"

@@ -40,13 +40,13 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
         fields = yaml.safe_load((out / cell / "recipe.yaml").read_text())
         assert fields["init_from"] == str(out / "first_250_audio_tokens") and fields["tasks"] == {"ner": 1, "sa": 1}
     table = (out / "ablation.md").read_text().splitlines()
-    assert table[0].startswith("|  | trained | steps | WER |") and [row.split(" | ")[0] for row in table[2:]] == [
-        "| adapter",
-        "| + LoRA",
-    ]
+    assert table[0].startswith("|  | trained | steps | loss | clips shuffled | WER |")
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| adapter", "| + LoRA"]
     with open(out / "ablation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["cell"] for row in rows] == ["adapter", "+ LoRA"]
+    trained = json.loads((out / "lora" / "metrics.json").read_text())
+    assert float(rows[1]["true_loss"]) == trained["eval_true_loss"] != trained["eval_shuffled_loss"]
     for row, cell in zip(rows, found.values()):
         for name in ("wer", "ner_f1", "ner_label_f1", "sa_f1"):
             assert float(row[name]) == cell[name] and float(row[f"{name}_low"]) <= cell[name] <= float(
@@ -71,13 +71,22 @@ def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
     (tmp_path / "scored").mkdir()
     scores = {"ner_wer": 50.0, "ner_wer_interval": [40.0, 60.0], "ner_f1": 10.0}
     (tmp_path / "scored" / "metrics.json").write_text(json.dumps(scores))
-    (tmp_path / "metrics.json").write_text('{"trained_parameters": 7}')
+    trained = {"trained_parameters": 7, "eval_true_loss": 1.5, "eval_shuffled_loss": 4.5}
+    (tmp_path / "metrics.json").write_text(json.dumps(trained))
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
-    expected = {"wer": 50.0, "wer_interval": [40.0, 60.0], "trained_parameters": 7, "steps": 3}
-    assert ablation.collect(tmp_path) == scores | expected
+    training = {"trained_parameters": 7, "steps": 3, "true_loss": 1.5, "shuffled_loss": 4.5}
+    assert ablation.collect(tmp_path) == scores | {"wer": 50.0, "wer_interval": [40.0, 60.0]} | training
     asked = scores | {"wer": 60.0, "wer_interval": [50.0, 70.0]}
     (tmp_path / "scored" / "metrics.json").write_text(json.dumps(asked))
-    assert ablation.collect(tmp_path) == asked | {"trained_parameters": 7, "steps": 3}
+    assert ablation.collect(tmp_path) == asked | training
+
+
+def test_without_minutes_the_steps_are_the_recipes(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command, check: None))
+    with pytest.raises(FileNotFoundError):  # there is nothing to collect
+        ablation.main([str(recipe), "--dataset_dir", "x", "--output_dir", str(tmp_path), "--cells", "adapter"])
+    fields = yaml.safe_load((tmp_path / "adapter" / "recipe.yaml").read_text())
+    assert fields["max_steps"] == 2 and "max_minutes" not in fields
 
 
 def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
@@ -116,3 +125,11 @@ def test_noise_recipe_has_the_rates_of_the_question():
             fields = recipe["cells"][cell]
             assert fields.get("label_noise", {"false_positives": 0}) == {"false_positives": x / 100}
             assert x == 0 or fields.get("filter_labels", False) == (name == "both filters")
+
+
+def test_what_limits_sense_mini_is_asked_one_at_a_time():
+    recipe = ablation.read_recipe(ablation.ROOT / "recipes" / "limits.yaml", None)
+    shared, cells = recipe["shared"], list(recipe["cells"].values())
+    assert cells[0] == {} and all(shared.get(name) != value for changes in cells for name, value in changes.items())
+    together = {"time_mask", "time_stretch", "answer_noise"}  # what is done to clips and answers
+    assert all(len(changes) == 1 or changes.keys() == together for changes in cells[1:])

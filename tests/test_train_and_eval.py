@@ -307,7 +307,7 @@ def test_command_line_wins_over_the_recipe(recipe):
     assert training.learning_rate == 5e-4 and args.prompts == {"asr": "Write."}
 
 
-ABLATIONS = [ROOT / "recipes" / f"{name}.yaml" for name in ("ablation", "noise")]
+ABLATIONS = [ROOT / "recipes" / f"{name}.yaml" for name in ("ablation", "limits", "noise")]
 
 
 @pytest.mark.parametrize(
