@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     first, shared, found = recipe["first"], recipe["shared"], {}
     for name, changes in recipe["cells"].items():
         fields = {**shared, **changes}
-        if args.minutes:
+        if args.minutes is not None:
             fields["max_minutes"] = args.minutes
         if first:
             tokens = fields.get("num_audio_tokens", SenseArguments.num_audio_tokens)
