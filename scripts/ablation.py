@@ -26,7 +26,8 @@ from pathlib import Path
 import yaml
 
 
-LOSSES = {"true_loss": "loss", "shuffled_loss": "clips shuffled"}  # their distance is what the model hears
+# Of a training, beside the scores. How far the two losses are apart is what the model hears.
+TRAINED = {"trained_parameters": "trained", "steps": "steps", "true_loss": "loss", "shuffled_loss": "clips shuffled"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -99,29 +100,27 @@ def collect(folder: Path) -> dict:
         scores |= {name.removeprefix("ner_"): value for name, value in scores.items() if name.startswith("ner_wer")}
     trained = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    losses = {name: trained[f"eval_{name}"] for name in LOSSES}
+    losses = {name: trained[f"eval_{name}"] for name in ("true_loss", "shuffled_loss")}
     return scores | losses | {"trained_parameters": trained["trained_parameters"], "steps": state["global_step"]}
 
 
 def write_comparison(folder: Path, cells: dict[str, dict], curves: dict):
     """The table of the cells that there are, in Markdown and CSV, its picture, and the curves through them."""
     headers, rows = comparison(cells)
-    extra = [
-        [f"{found['trained_parameters']:,}", str(found["steps"]), *(f"{found[name]:.2f}" for name in LOSSES)]
-        for found in cells.values()
+    known = {name: [found[column] for column in TRAINED] for name, found in cells.items()}
+    table = [
+        [name, *(f"{value:.2f}" if isinstance(value, float) else f"{value:,}" for value in values), *row[1:]]
+        for (name, values), row in zip(known.items(), rows)
     ]
-    table = [[row[0], *more, *row[1:]] for row, more in zip(rows, extra)]
-    headers = ["", "trained", "steps", *LOSSES.values(), *headers[1:]]
-    write_text(folder / "ablation.md", markdown_table(headers, table) + "\n")
+    write_text(folder / "ablation.md", markdown_table(["", *TRAINED.values(), *headers[1:]], table) + "\n")
     columns = [key for key in HEADLINES if all(key in found for found in cells.values())]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     bounds = [name for key in columns for name in (key, f"{key}_low", f"{key}_high")]
-    writer.writerow(["cell", "trained_parameters", "steps", *LOSSES, *bounds])
+    writer.writerow(["cell", *TRAINED, *bounds])
     for name, found in cells.items():
         values = [value for key in columns for value in (found[key], *found[f"{key}_interval"])]
-        known = [found[key] for key in ("trained_parameters", "steps", *LOSSES)]
-        writer.writerow([name, *known, *values])
+        writer.writerow([name, *known[name], *values])
     write_text(folder / "ablation.csv", lines.getvalue())
     save_png(plot_comparison(cells), folder / "ablation.png")
     if curves:

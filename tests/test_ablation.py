@@ -2,13 +2,20 @@
 
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import eval_sense
+import train_sense
 from scripts import ablation
+from tests import processes
 from tests.conftest import write_corpus
+
+
+MAINS = {"train_sense.py": train_sense.main, "eval_sense.py": eval_sense.main}
 
 
 @pytest.fixture
@@ -28,8 +35,13 @@ def recipe(tmp_path, tiny_whisper, tiny_llama):
 
 def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", train=6, dev=4)
-    monkeypatch.setenv("PYTHONPATH", str(ablation.ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launched = []
+
+    def launch(args, script, *options):
+        launched.append(script)
+        processes.launch(args.num_processes, MAINS[script], list(options))
+
+    monkeypatch.setattr(ablation, "launch", launch)
     out = tmp_path / "out"
     asked = [str(recipe), "--dataset_dir", corpus, "--minutes", "1", "--output_dir", str(out)]
     found = ablation.main([*asked, "--cells", "adapter", "+ LoRA"])
@@ -54,17 +66,23 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
             )
     assert (out / "ablation.png").stat().st_size > 10_000 and (out / "curves.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("ran a cell again")))
-    assert ablation.main([*asked, "--cells", "adapter", "+ LoRA"]) == found
+    assert launched == ["train_sense.py", "train_sense.py", "eval_sense.py", "train_sense.py", "eval_sense.py"]
+    launched.clear()
+    assert ablation.main([*asked, "--cells", "adapter", "+ LoRA"]) == found and not launched
     with pytest.raises(ValueError, match="was made with other settings"):
         ablation.main([*asked[:4], "2", *asked[5:], "--cells", "adapter"])
     # A cell that was trained and not scored is scored alone.
     (out / "adapter" / "scored" / "metrics.json").unlink()
+    assert ablation.main([*asked, "--cells", "adapter"])["adapter"]["wer"] == found["adapter"]["wer"]
+    assert launched == ["eval_sense.py"]
+
+
+def test_scripts_are_started_by_torchrun(monkeypatch):
     ran = []
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command, check: ran.append(command)))
-    with pytest.raises(FileNotFoundError):
-        ablation.main([*asked, "--cells", "adapter"])
-    assert len(ran) == 1 and "eval_sense.py" in " ".join(ran[0])
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command, check: ran.append((command, check))))
+    ablation.launch(SimpleNamespace(num_processes=2), "train_sense.py", "a.yaml")
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert ran == [([*starter, str(ablation.ROOT / "train_sense.py"), "a.yaml"], True)]
 
 
 def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
@@ -133,3 +151,7 @@ def test_what_limits_sense_mini_is_asked_one_at_a_time():
     assert cells[0] == {} and all(shared.get(name) != value for changes in cells for name, value in changes.items())
     together = {"time_mask", "time_stretch", "answer_noise"}  # what is done to clips and answers
     assert all(len(changes) == 1 or changes.keys() == together for changes in cells[1:])
+    stage = yaml.safe_load((ablation.ROOT / "recipes" / "sense_mini" / "1_asr_ner.yaml").read_text())
+    shortened = {"tasks", "prompts", "max_steps", "eval_strategy", "scored_samples", "save_steps", "save_total_limit"}
+    assert {name for name in shared if shared[name] != stage.get(name)} == shortened
+    assert stage.keys() - shared == {"output_dir", "num_train_epochs", "eval_steps", "report_to"}

@@ -173,6 +173,7 @@ def test_stdin_in_a_process_of_its_own(saved):
 
 
 def test_interrupted_it_says_no_more_than_that():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     process = start_sense("transcribe", "-", "--model", "anything")
     process.stdin.write(bytes(1 << 20))  # more than a pipe holds: it is reading
     process.stdin.flush()

@@ -131,6 +131,16 @@ def test_missing_files_are_counted(tmp_path):
         assert re.search(rf"line {i + 1}, file_name: .*{i}.wav: no such file; put it there", str(raised.value))
 
 
+def test_a_name_too_long_for_the_disk_is_a_missing_file(tmp_path):
+    write_split(tmp_path / "c" / "train", [{"file_name": "a" * 300, "text": "x"}], audio=False)
+    chapter = tmp_path / "tree" / "train" / "1" / "2"
+    chapter.mkdir(parents=True)
+    (chapter / "1-2.trans.txt").write_bytes(b"\xff" * 100 + b" ANNA LEFT")  # three bytes each, as U+FFFD
+    for corpus in ("c", "tree"):
+        with pytest.raises(ValueError, match=r"1 of 1 rows can't be used \(1 missing_file\)"):
+            load_corpus(tmp_path / corpus, "train")
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

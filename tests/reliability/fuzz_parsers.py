@@ -50,6 +50,17 @@ def make_target(name: str, folder: Path):
     }[name]
 
 
+def run_child(name: str, seconds: int, findings: Path, work: Path):
+    """Fuzzes one parser, all that is printed going to work/log."""
+    with open(work / "log", "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=6000", "-max_len=4096"]
+    report = ["-print_final_stats=1", f"-artifact_prefix={findings}/{name}-"]
+    atheris.Setup([sys.argv[0], *limits, *report, str(work / "corpus")], make_target(name, work / "files"))
+    atheris.Fuzz()
+
+
 def fuzz(name: str, seconds: int, findings: Path) -> tuple[int, str]:
     """Executions of one parser in a process of its own (libFuzzer never returns), and what it found."""
     with tempfile.TemporaryDirectory() as work:
@@ -60,13 +71,10 @@ def fuzz(name: str, seconds: int, findings: Path) -> tuple[int, str]:
             (work / "corpus" / str(i)).write_bytes(seed)
         child = os.fork()
         if child == 0:
-            with open(work / "log", "wb") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=6000", "-max_len=4096"]
-            report = ["-print_final_stats=1", f"-artifact_prefix={findings}/{name}-"]
-            atheris.Setup([sys.argv[0], *limits, *report, str(work / "corpus")], make_target(name, work / "files"))
-            atheris.Fuzz()
+            try:
+                run_child(name, seconds, findings, work)
+            finally:  # a finding comes out of atheris as an exception: the folder with the log is the parent's to delete
+                os._exit(1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         log = (work / "log").read_text(errors="replace")
     runs = re.findall(r"stat::number_of_executed_units:\s*(\d+)|^#(\d+)\s", log, re.MULTILINE)
