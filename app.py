@@ -372,7 +372,7 @@ def build_page(
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     try:
-        examples = find_examples(Path(args.examples)) if args.examples else None
+        examples = find_examples(args.examples) if args.examples else None
         model, processor = load_checkpoint(args.model)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -392,7 +392,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "model", nargs="?", default=model, help=f"folder or Hub id; default: $SENSE_MODEL, or {SHIPPED}"
     )
-    parser.add_argument("--examples", help="folder of recordings; without it, some are spoken")
+    beside = Path(__file__).with_name("examples")  # in a Space nobody gives options
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        default=beside if beside.is_dir() else None,
+        help="folder of recordings to offer; default: `examples` beside the page; without it, some are spoken",
+    )
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, or the first free one from 7860")
     return parser.parse_args(argv)
 

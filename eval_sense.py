@@ -249,7 +249,9 @@ def load_rows(args, split: str, bad_rows: BadRows | None = None):
     return load_corpus(
         args.dataset,
         split,
+        audio_column=args.audio_column,
         text_column=args.text_column,
+        lowercase=args.lowercase,
         config_name=args.config_name,
         entity_tags="combined",
         bad_rows=bad_rows,
@@ -322,7 +324,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_name", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="test")
     parser.add_argument("--train_split", default="train", help="where the majority control finds its class")
+    parser.add_argument("--audio_column", default="audio")
     parser.add_argument("--text_column", default="text")
+    parser.add_argument("--lowercase", action="store_true", help="transcripts in lower case, as LibriSpeech needs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all that the model has a prompt for")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)

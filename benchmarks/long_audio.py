@@ -14,8 +14,8 @@ import jiwer
 import numpy as np
 import soundfile
 
-from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
+from processing.datasets import load_corpus
 from processing.hub import load_checkpoint
 from processing.processing_sense import load_audio
 from processing.report import markdown_table
@@ -67,7 +67,8 @@ def hear_alone(args, path: Path) -> dict:
 
 def measure(args) -> dict:
     """Clip by clip, then each recording."""
-    rows = [row for split in args.splits for row in load_rows(args, split)]
+    splits = (load_corpus(args.dataset, split, text_column=args.text_column) for split in args.splits)
+    rows = [row for split in splits for row in split]
     pipe = make_pipe(args.model)
     by_length = sorted(range(len(rows)), key=lambda i: -(rows[i]["duration"] or 0))
     clips = [load_audio(rows[i]["audio"]) for i in by_length]
@@ -111,7 +112,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     parser.add_argument("--hear", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.config_name = None
     if args.hear:
         print(json.dumps(hear_recording(args.model, args.hear, args.batch_size, args.chunk_length_s)))
         return {}

@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import nn
 
-from eval_sense import load_rows, parse_answers, understand
+from eval_sense import parse_answers, understand
 from modeling_sense import SenseConfig, SenseForConditionalGeneration
-from processing.datasets import first_rows
+from processing.datasets import first_rows, load_corpus
 from processing.hub import load_checkpoint
 from processing.report import markdown_table
 from processing.scoring import score_asr
@@ -84,7 +84,8 @@ def measure_form(args: argparse.Namespace, form: str) -> dict:
     dtype, quantize = FORMS[form]
     model, processor = load_checkpoint(args.model, dtype, quantize=quantize)
     weights = held_bytes(model)
-    rows = first_rows(load_rows(args, args.split), args.max_samples)
+    names = {"text_column": args.text_column, "config_name": args.config_name}
+    rows = first_rows(load_corpus(args.dataset, args.split, **names), args.max_samples)
     begin = time.process_time()
     heard = understand(model, processor, rows, ["asr"], batch_size=args.batch_size)
     seconds, peak = time.process_time() - begin, resident_bytes("VmHWM")

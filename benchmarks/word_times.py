@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from eval_sense import load_rows
 from processing import SpokenLanguageUnderstandingPipeline
 from processing.alignment import monotonic_path, standardize, word_pieces, word_times
 from processing.backbones import resolve_backbone
+from processing.datasets import load_corpus
 from processing.hub import load_checkpoint
 from processing.pipeline_sense import SECONDS_PER_FRAME
 from processing.processing_sense import MAX_SECONDS, load_audio
@@ -238,9 +238,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--clips", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     args = parser.parse_args(argv)
-    args.config_name = None
-    rows = choose_clips(load_rows(args, "test"), args.clips)
-    tuning = choose_clips(load_rows(args, "dev"), 20)
+    rows, tuning = (
+        choose_clips(load_corpus(args.dataset, split, text_column=args.text_column), clips)
+        for split, clips in (("test", args.clips), ("dev", 20))
+    )
     results = {"models": {}}
     for pair in args.models:
         name, _, folder = pair.partition("=")

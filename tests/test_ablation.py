@@ -79,7 +79,8 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
 
 def test_scripts_are_started_by_torchrun(monkeypatch):
     ran = []
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command, check: ran.append((command, check))))
+    run = SimpleNamespace(run=lambda command, check: ran.append((command, check)))
+    monkeypatch.setattr(ablation, "subprocess", run)
     ablation.launch(SimpleNamespace(num_processes=2), "train_sense.py", "a.yaml")
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert ran == [([*starter, str(ablation.ROOT / "train_sense.py"), "a.yaml"], True)]

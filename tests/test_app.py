@@ -180,6 +180,14 @@ def test_the_model_comes_from_the_environment_or_with_the_package(monkeypatch):
     assert app.parse_args([]).model == "sense-mini"
 
 
+def test_a_spaces_own_examples_are_offered(tmp_path, monkeypatch):
+    assert app.parse_args([]).examples is None
+    monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
+    (tmp_path / "examples").mkdir()
+    assert app.parse_args([]).examples == tmp_path / "examples"
+    assert app.parse_args(["--examples", str(tmp_path)]).examples == tmp_path
+
+
 def test_a_space_is_complete(tmp_path):
     make_space(tmp_path / "space", "user/model")
     settings = yaml.safe_load((tmp_path / "space/README.md").read_text(encoding="utf-8").split("---")[1])

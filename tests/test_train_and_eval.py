@@ -29,7 +29,7 @@ from processing.hub import export_model, load_checkpoint
 from processing.questions import Mixture, spread, usual_length
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
-from tests.conftest import make_corpus, make_tokenizer, write_corpus
+from tests.conftest import make_corpus, make_tokenizer, tone, wav, write_corpus
 from tests.gradient_probe import write_gradients
 from tests.processes import launch
 
@@ -515,6 +515,17 @@ def test_a_task_of_ones_own_is_one_class(recipe, corpus, tmp_path, monkeypatch):
     assert "wer" in eval_sense.main([*asked, "--tasks", "echo", "asr"])
     rows = [json.loads(line) for line in (tmp_path / "scored" / "utterances.jsonl").read_text().splitlines()]
     assert all("echo" in row and "asr" in row for row in rows)
+
+
+def test_rows_are_scored_by_the_columns_that_are_named(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.wav").write_bytes(wav(tone(0.5)))
+    line = {"sound": "a.wav", "said": "ANNA LEFT"}
+    (tmp_path / "test" / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    asked = ["--model", "m", "--output_dir", "out", "--dataset", str(tmp_path)]
+    asked += ["--audio_column", "sound", "--text_column", "said", "--lowercase"]
+    rows = eval_sense.load_rows(eval_sense.parse_args(asked), "test")
+    assert rows["text"] == ["anna left"] and rows["audio"][0]["path"] == str(tmp_path / "test" / "a.wav")
 
 
 def test_trained_for_entities_alone_still_answers_what_can_be_read(recipe, corpus, tmp_path):

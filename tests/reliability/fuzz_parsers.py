@@ -73,7 +73,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> tuple[int, str]:
         if child == 0:
             try:
                 run_child(name, seconds, findings, work)
-            finally:  # a finding comes out of atheris as an exception: the folder with the log is the parent's to delete
+            finally:  # a finding is raised out of atheris: the folder, with its log, is the parent's to delete
                 os._exit(1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         log = (work / "log").read_text(errors="replace")
