@@ -101,6 +101,9 @@ def transcribe(
     if reference and form in ("srt", "vtt"):
         raise typer.BadParameter("goes with text and --json", param_hint="--reference")
     sources = _sources(files, form, output)
+    if reference:  # what is wrong with a metadata.jsonl is said before anything is heard
+        for name in sources:
+            what_was_said(Path(name))
     pipe = _load(model, device, dtype, quantize, "transcribe")
     how = {"return_entities": False, "return_sentiment": False, "return_timestamps": form != "txt" and "word"}
     results = _hear(pipe, sources, batch_size=batch_size, generate_kwargs={"num_beams": num_beams}, **how)
@@ -335,8 +338,9 @@ def _hear(pipe, sources: dict, **how) -> Iterator[tuple[str, dict | Exception]]:
     """What is heard in each recording, or what is wrong with it."""
     waiting = list(sources)
     for name in sources:
-        if sources[name] == name and "://" not in name and not Path(name).expanduser().is_file():
-            is_folder = Path(name).expanduser().is_dir()
+        path = os.path.expanduser(name)
+        if sources[name] == name and "://" not in name and not os.path.isfile(path):
+            is_folder = os.path.isdir(path)
             yield name, ValueError(f"a folder; name its files, such as {name}/*.flac" if is_folder else "no such file")
             waiting.remove(name)
     while waiting:
@@ -421,12 +425,13 @@ def what_was_said(clip: Path) -> str | None:
 
 @cache
 def _texts_of(folder: Path) -> dict[str, str]:
+    from processing.datasets import read_json_lines
+
     metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
+    if not os.path.isfile(metadata):
         return {}
     try:
-        lines = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
-        return {line["file_name"]: line.get("text") for line in lines}
+        return {line["file_name"]: line.get("text") for line in read_json_lines(metadata)}
     except (ValueError, KeyError) as error:
         raise typer.BadParameter(
             f"{metadata} is not that of an audiofolder: {error!r}", param_hint="--reference"

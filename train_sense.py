@@ -34,7 +34,7 @@ from processing import SenseProcessor
 from processing.annotation.noise import add_noise, with_annotation
 from processing.backbones import resolve_backbone
 from processing.bad_rows import BadRows, count_kinds
-from processing.checkpoints import last_checkpoint, publish, require_whole, seal, unfinished
+from processing.checkpoints import last_checkpoint, publish, require_whole, seal, sync, unfinished
 from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus, read_stream
@@ -294,8 +294,10 @@ class SenseTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 written = self.writing / name
-                if self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = str(output_dir / name)
+                # Trainer looks for it in `writing`, and remembers where it was: the folder may have another name now.
+                best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best.name == name or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
                     if self.args.should_save:
                         self.state.save_to_json(written / TRAINER_STATE_NAME)
                 self.accelerator.wait_for_everyone()  # each process writes its random state
@@ -557,8 +559,12 @@ def write_output(folder: Path, model, processor, metrics: dict, state, recipe: d
         write_text(temporary / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         record_training(temporary, recipe, train, state, sizes)
         write_text(temporary / CARD, str(make_card(model, processor, repo_id=folder.resolve().name, run=temporary)))
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME)
+        for path in files:
+            sync(path)
+        for path in files:
             os.replace(path, folder / path.name)
+        sync(folder)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -19,6 +19,12 @@ def change_speed(waveform: np.ndarray, factor: float, sampling_rate: int = 16000
     return faster.numpy()
 
 
+def check_speeds(speeds):
+    """Raises ValueError unless they begin with 1.0, the clip as it is, and are above 0."""
+    if not speeds or speeds[0] != 1.0 or min(speeds) <= 0:
+        raise ValueError(f"speeds must begin with 1.0 (the clip as it is) and be above 0, found {list(speeds)}")
+
+
 def mask_time(pooled: torch.Tensor, share: float, draws: random.Random, longest: int = 4) -> torch.Tensor:
     """
     Hides about `share` of the steps of `pooled` (`(tokens, d_model)`) in spans of 1 to `longest` steps, replaced by

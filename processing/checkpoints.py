@@ -60,10 +60,10 @@ def seal(checkpoint: Path):
     found = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         found[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
+        sync(path)
     write_text(checkpoint / CHECKSUMS, json.dumps(found, indent=2) + "\n")
     for path in (checkpoint / CHECKSUMS, *(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint):
-        _sync(path)
+        sync(path)
 
 
 def publish(folder: Path, target: Path):
@@ -74,10 +74,10 @@ def publish(folder: Path, target: Path):
     if target.exists():
         os.replace(target, folder.with_name(f"old-{target.name}"))
     os.replace(folder, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path):
+def sync(path: Path):
     """Returns when a file's content, or a folder's names, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:

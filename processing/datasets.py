@@ -275,13 +275,16 @@ def _check_file(audio: dict, field: str):
 
 def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | None, streaming: bool):
     """A split that the `datasets` library loads, in the schema."""
-    if (Path(dataset) / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(dataset))
+    folder = Path(dataset).expanduser()
+    path = str(folder.resolve()) if folder.is_dir() else str(dataset)  # a bare name such as csv is a loader's, too
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(path)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         _require("split", split, splits, dataset)
         source = splits[split].to_iterable_dataset() if streaming else splits[split]
     else:
         try:
-            source = datasets.load_dataset(str(dataset), config_name, split=split, streaming=streaming)
+            source = datasets.load_dataset(path, config_name, split=split, streaming=streaming)
         except (RuntimeError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
             # `datasets` runs no script of a dataset, and finds nothing in a folder of other files.
             raise ValueError(f"dataset {dataset}: `datasets` can't load it ({error})") from error
@@ -298,8 +301,9 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
 
         def build() -> dict:
             audio, duration = _fetch(given, columns["audio"]), row.get("duration")
-            if row.get("start_second") is not None and row.get("end_second") is not None:
-                audio, duration = _cut(audio, row["start_second"], row["end_second"], columns["audio"])
+            start, end = (_number(row.get(name), name) for name in ("start_second", "end_second"))
+            if start is not None and end is not None:
+                audio, duration = _cut(audio, start, end, columns["audio"])
             return _to_schema({**row, "duration": duration}, audio, columns, name, columns["audio"])
 
         return _noted(build, where, row.get("id") or name, given["path"])
@@ -345,7 +349,7 @@ def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float
     The audio from `start` to `end`, in seconds, and its length: SLUE-VoxCeleb's utterances are parts of recordings.
     Audio that is no longer than the utterance was cut already.
     """
-    if not 0 <= start < end:
+    if start >= end:
         raise RowError("wrong_field", "start_second", f"{start}, and end_second {end}; give 0 <= start < end")
     if end - start > MAX_SECONDS:  # nor is it read
         message = f"{end - start:.2f} s, the limit is {MAX_SECONDS} s; cut it into shorter clips"
@@ -362,6 +366,9 @@ def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float
     except (soundfile.SoundFileError, OSError) as error:
         message = f"{audio['path'] or 'audio'} is not readable ({error}); get the file again"
         raise RowError("unreadable", field, message) from error
+    if len(samples) < (end - start - 0.1) * rate:
+        message = f"{end}, but {audio['path'] or 'audio'} ends after {length:.2f} s; get it again, or delete the row"
+        raise RowError("truncated", "end_second", message)
     cut = io.BytesIO()
     soundfile.write(cut, samples, rate, format="FLAC")
     return {"bytes": cut.getvalue(), "path": audio["path"]}, end - start
@@ -374,7 +381,7 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, audio_field: st
         raise RowError("wrong_field", columns["text"], f"{text!r}; give the transcript as a string")
     text = lower(text) if columns["lowercase"] else text
     entities, sentiment = _entities(row, text, columns), _sentiment(row.get("sentiment"))
-    language, duration = row.get("language"), _duration(row.get("duration"))
+    language, duration = row.get("language"), _number(row.get("duration"), "duration")
     if not isinstance(language, str | None):
         raise RowError("wrong_field", "language", f"{language!r}; give a string such as 'en', or none")
     speaker = next((row[name] for name in SPEAKER_COLUMNS if row.get(name) not in (None, "")), None)
@@ -391,7 +398,7 @@ def _to_schema(row: dict, audio: dict, columns: dict, name: str, audio_field: st
     }
 
 
-def _duration(value) -> float | None:
+def _number(value, field: str) -> float | None:
     """Seconds, of a number or a text that holds one."""
     if value is None:
         return None
@@ -400,7 +407,7 @@ def _duration(value) -> float | None:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise RowError("wrong_field", "duration", f"{value!r}; give seconds, or none")
+        raise RowError("wrong_field", field, f"{value!r}; give seconds, or none")
     return seconds
 
 

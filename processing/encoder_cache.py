@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .augmentation import change_speed
+from .augmentation import change_speed, check_speeds
 from .processing_sense import MAX_SECONDS, SenseProcessor, load_audio
 
 
@@ -120,16 +121,15 @@ def build_cache(
         model: `SenseForConditionalGeneration`; its encoder runs in the dtype it is held in, on the process's device.
         dataset: rows in the project's schema.
         folder: where caches are kept.
-        speeds: the first must be 1.0, the clip as it is.
+        speeds: the first must be 1.0, the clip as it is. So is one that would last more than 30 s if it were slower.
         storage: `"float16"`, or `"int8"`: half as large, each value within 1/254 of its token's largest one.
         batch_size: clips that are encoded at a time.
         shard_clips: versions of clips in a file.
 
     Raises:
-        ValueError: speeds that do not begin with 1.0, or another storage.
+        ValueError: speeds that do not begin with 1.0 or are not above 0, or another storage.
     """
-    if speeds[0] != 1.0:
-        raise ValueError(f"speeds must begin with 1.0 (the clip as it is), found {list(speeds)}")
+    check_speeds(speeds)
     if storage not in STORAGE:
         raise ValueError(f"encoder cache: give float16 or int8, found {storage!r}")
     folder = Path(folder) / encoder_key(model, processor, storage)
@@ -188,12 +188,18 @@ def _encode(model, processor, dataset, group, batch_size: int, bar: tqdm) -> Ite
     try:
         for first in range(0, len(group), batch_size):
             part = group[first : first + batch_size]
-            waves = [change_speed(load_audio(dataset[row]["audio"]), speed) for _, row, speed in part]
+            waves = [_at_speed(load_audio(dataset[row]["audio"]), speed) for _, row, speed in part]
             pooled, mask = model.model.get_pooled_features(**processor.audio_features(waves).to(device))
             yield from (clip[valid].cpu() for clip, valid in zip(pooled, mask))
             bar.update(len(part))
     finally:
         tower.to(home)
+
+
+def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
+    """A clip at 16 kHz. Where it would be longer than Whisper hears, it stays: cut, it would lack words."""
+    changed = change_speed(clip, speed)
+    return changed if len(changed) <= MAX_SECONDS * 16000 else clip
 
 
 def encoder_key(model, processor: SenseProcessor, storage: str) -> str:

@@ -5,6 +5,7 @@ needed for resampling only.
 
 import copy
 import io
+import os
 import time
 import urllib.request
 from fractions import Fraction
@@ -151,8 +152,8 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
         elif isinstance(source, str) and source.startswith(("http://", "https://")):
             source = _download(source)
         if isinstance(source, (str, Path)):
-            source = Path(source).expanduser()
-            if not source.is_file():
+            source = os.path.expanduser(source)
+            if not os.path.isfile(source):
                 raise ValueError(f"{name}: no such audio file")
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from modeling_sense import QUANTIZATIONS
 from modeling_sense.modeling_sense import LORA_TARGETS
 
 from .annotation.noise import RATES, add_noise
+from .augmentation import check_speeds
 from .bad_rows import BadRows
 from .tasks import make_tasks
 
@@ -135,6 +137,9 @@ class SenseArguments:
             raise ValueError(
                 "speeds, time_mask and time_stretch work on cached features: set encoder_cache to a folder"
             )
+        check_speeds(self.speeds)
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ValueError(f"max_minutes: give minutes above 0, or none, found {self.max_minutes}")
         if self.time_stretch and self.audio_tokens == "fixed":
             raise ValueError(
                 "time_stretch changes how many audio tokens a clip has: leave it or audio_tokens: fixed out"

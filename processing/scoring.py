@@ -50,8 +50,9 @@ def _wers(rows: list[dict], answers: list[Answer], forms: dict[str, Callable[[st
 
 
 def word_errors(reference: str, heard: str) -> tuple[int, int]:
-    """Errors, and words of the reference."""
-    if not reference.strip():
+    """Errors, and words of the reference. Words are parted by any white space, as `metrics/wer` parts them."""
+    reference, heard = (" ".join(text.split()) for text in (reference, heard))
+    if not reference:
         return len(heard.split()), 0
     found = jiwer.process_words(reference, heard)
     errors = found.substitutions + found.deletions + found.insertions

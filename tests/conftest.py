@@ -65,8 +65,13 @@ def make_corpus(number: int) -> datasets.Dataset:
         rows[-1] |= {"entities": [[["PERSON", "PLACE"][i % 2], 0, len(text.split()[0])]] if i % 3 else []}
         rows[-1] |= {"sentiment": None if i % 8 == 7 else sentiments[i % 4]}
         rows[-1] |= {"language": "en", "duration": len(clip) / 16000, "speaker": f"speaker-{i % 2}"}
-    stored = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
-    return stored.cast_column("audio", SCHEMA["audio"])
+    return stored(rows)
+
+
+def stored(rows: list[dict]) -> datasets.Dataset:
+    """A dataset in the project's schema."""
+    built = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
+    return built.cast_column("audio", SCHEMA["audio"])
 
 
 def wav(clip: np.ndarray, rate: int = 16000) -> bytes:

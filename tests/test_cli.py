@@ -101,13 +101,13 @@ def test_recordings_that_fail_are_named_and_the_others_go_on(saved, clips, tmp_p
     noise, text = tmp_path / "nan.wav", tmp_path / "text.wav"
     soundfile.write(noise, np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
     text.write_text("no audio")
-    names = [clips[0], "missing.wav", noise, clips[1], tmp_path, text, clips[2]]
+    names = [clips[0], "missing.wav", "a" * 300, "~nobody-of-that-name.wav", noise, clips[1], tmp_path, text, clips[2]]
     found = sense("transcribe", "--model", saved, "--json", *names)
     assert found.exit_code == 1
     assert [json.loads(line)["file"] for line in found.stdout.splitlines()] == clips
     errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4
-    assert "error: missing.wav: no such file" in errors
+    assert len(errors) == 6
+    assert "error: missing.wav: no such file" in errors and sum("no such file" in line for line in errors) == 3
     assert any(str(noise) in line and "NaN" in line for line in errors)
     assert any(str(text) in line and "not readable as audio" in line for line in errors)
     assert any(line.startswith(f"error: {tmp_path}: a folder") for line in errors)
@@ -154,9 +154,14 @@ def test_reference_is_what_was_said(saved, clips, tmp_path):
     assert f"{clip}\n  said:  {line['text']}\n  heard: " in shown and f"{clips[0]}\n  heard: " in shown
     found = sense("transcribe", "--model", saved, "--reference", "--json", clip, clips[0]).stdout
     assert [json.loads(one)["reference"] for one in found.splitlines()] == [line["text"], None]
-    (corpus / "metadata.jsonl").write_text('{"text": "whose?"}\n')
+    # Blank lines, and characters that end a line elsewhere, as load_corpus reads them.
+    (corpus / "metadata.jsonl").write_text(f'\n{{"file_name": "{clip.name}", "text": "one\u2028two"}}\n')
     sense_cli._texts_of.cache_clear()
-    assert sense("transcribe", "--model", saved, "--reference", clip).exit_code == 2
+    assert sense_cli.what_was_said(clip) == "one\u2028two"
+    for wrong in ('{"text": "whose?"}\n', "7\n"):  # said before a model is looked for
+        (corpus / "metadata.jsonl").write_text(wrong)
+        sense_cli._texts_of.cache_clear()
+        assert sense("transcribe", "--model", tmp_path / "nowhere", "--reference", clip).exit_code == 2
 
 
 def test_stdin_in_a_process_of_its_own(saved):

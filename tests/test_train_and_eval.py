@@ -263,6 +263,8 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ("learning_rte: 1", "unknown field 'learning_rte'; did you mean 'learning_rate'"),
         ("- 1", "must hold `field: value` lines, found list"),
         ("time_mask: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
+        ("speeds: [1.0, 0.0]\nencoder_cache: x\ndataset_dir: x", "speeds must begin with 1.0"),
+        ("max_minutes: 0\ndataset_dir: x", "max_minutes: give minutes above 0, or none, found 0"),
         ("time_stretch: 0.1\ndataset_dir: x", "set encoder_cache to a folder"),
         (
             "time_stretch: 0.1\ndataset_dir: x\nencoder_cache: x\naudio_tokens: fixed",

@@ -312,6 +312,17 @@ def test_saved_to_disk(hub_like, tmp_path, streaming):
         load_corpus(tmp_path / "saved", "train", streaming=streaming, **COLUMNS)
 
 
+def test_one_split_saved_to_disk(hub_like, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hub_like[1].save_to_disk(tmp_path / "csv")  # a loader's name, too
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/csv", "csv"):
+        rows = load_corpus(name, "train", **COLUMNS)
+        assert rows["text"] == hub_like[1]["normalized_text"] and len(load_audio(rows[0]["audio"])) > 0
+    with pytest.raises(ValueError, match="no split 'test'; it has 'train'"):
+        load_corpus("~/csv", "test", **COLUMNS)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_bad_requests(hub_like, streaming):
     folder = hub_like[0]
@@ -459,6 +470,20 @@ def test_slue_voxceleb_with_a_part_that_cannot_be(tmp_path):
     row = {"id": "a", "audio": {"bytes": wav(tone(1.0)), "path": None}, "normalized_text": "well"}
     row |= {"sentiment": "Neutral", "start_second": 2.0, "end_second": 1.0}
     with pytest.raises(Exception, match="row 1, start_second: 2.0, and end_second 1.0; give 0 <= start"):
+        load_corpus(write_slue(tmp_path, "train", [row]), "train", text_column="normalized_text")
+
+
+@pytest.mark.parametrize(
+    "start, end, message",
+    [
+        ("1.5", "2.5", "row 1, end_second: 2.5, but audio ends after 2.00 s; get it again"),
+        ("now", "1.0", "row 1, start_second: 'now'; give seconds, or none"),
+    ],
+)
+def test_slue_voxceleb_with_less_audio_than_a_row_says(tmp_path, start, end, message):
+    row = {"id": "a", "audio": {"bytes": wav(tone(2.0)), "path": None}, "normalized_text": "well"}
+    row |= {"sentiment": "Neutral", "start_second": start, "end_second": end}
+    with pytest.raises(ValueError, match=message):
         load_corpus(write_slue(tmp_path, "train", [row]), "train", text_column="normalized_text")
 
 

@@ -16,7 +16,7 @@ from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, encoder_cache, load_audio
 from processing.augmentation import change_speed
 from processing.encoder_cache import EncoderCache, build_cache, write_shard
-from tests.conftest import make_corpus, write_corpus
+from tests.conftest import make_corpus, stored, tone, wav, write_corpus
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +114,17 @@ def test_a_version_of_each_clip_per_speed(sense, corpus, tmp_path):
     encoded = count_clips(model)
     build_cache(model, processor, corpus, tmp_path)  # one speed of those that are there
     assert not encoded
-    for wrong in ({"speeds": (0.9, 1.0)}, {"storage": "int4"}):
+    for wrong in ({"speeds": (0.9, 1.0)}, {"speeds": ()}, {"speeds": (1.0, 0.0)}, {"storage": "int4"}):
         with pytest.raises(ValueError, match="speeds must begin with 1.0|give float16 or int8, found 'int4'"):
             build_cache(model, processor, corpus, tmp_path, **wrong)
+
+
+def test_a_long_clip_is_not_slowed_beyond_what_whisper_hears(sense, tmp_path):
+    model, processor = sense
+    rows = list(make_corpus(2))
+    rows[0]["audio"] = {"bytes": wav(tone(29.0)), "path": None}
+    cache = build_cache(model, processor, stored(rows), tmp_path, speeds=(1.0, 0.9))
+    assert [torch.equal(cache.get(row, 0), cache.get(row, 1)) for row in (0, 1)] == [True, False]
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])

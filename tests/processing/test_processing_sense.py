@@ -129,6 +129,12 @@ def test_missing_file(tmp_path):
         load_audio(tmp_path / "nowhere.wav")
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".wav", "~nobody-of-that-name.wav"])
+def test_names_that_no_file_has(name):
+    with pytest.raises(ValueError, match="no such audio file"):
+        load_audio(name)
+
+
 def test_missing_address(tmp_path):
     with pytest.raises(ValueError, match="nowhere.wav: no such audio file"):
         load_audio((tmp_path / "nowhere.wav").as_uri())

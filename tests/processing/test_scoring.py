@@ -64,6 +64,12 @@ def test_point_values_lie_on_the_counts_that_the_intervals_are_of():
             assert found[f"{name}_interval"] == pytest.approx([found[name]] * 2), name
 
 
+def test_words_are_parted_by_any_white_space_in_rate_and_interval():
+    rows, answers = [{"text": "one\u00a0two\tthree"}], [Answer(text="one two\nfour")]
+    found = score([{**rows[0], "entities": None, "sentiment": None}], {"asr": answers})
+    assert found["wer"] == pytest.approx(100 / 3) and found["wer_interval"] == pytest.approx([100 / 3] * 2)
+
+
 def test_intervals_hold_the_value_and_shrink_with_the_number_of_utterances():
     widths = []
     for number in (30, 480):

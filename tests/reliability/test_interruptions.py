@@ -212,6 +212,20 @@ def test_a_checkpoint_without_the_states_of_new_callbacks_is_gone_on_from(recipe
     assert losses[4] > 5  # the mean of steps 3 and 4, not over the two whose losses are not known
 
 
+def test_the_best_checkpoint_is_kept_in_a_folder_of_another_name(recipe, tmp_path):
+    fields = ["--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--save_total_limit", "2"]
+    fields += ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_true_loss"]
+    fields += ["--greater_is_better", "false", "--learning_rate", "0"]  # so that the first one stays the best
+    train_sense.main([recipe, *fields, "--max_steps", "2"])
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "metrics.json").unlink()
+    train_sense.main([recipe, *fields, "--max_steps", "4", "--output_dir", str(tmp_path / "moved")])
+    left = {path.name for path in (tmp_path / "moved").glob("checkpoint-*")}
+    assert left == {"checkpoint-1", "checkpoint-4"}
+    state = json.loads((tmp_path / "moved" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "moved" / "checkpoint-1")
+
+
 def truncate(path: Path):
     os.truncate(path, path.stat().st_size // 2)
 
