@@ -186,6 +186,12 @@ def annotate(args) -> dict:
     for split in args.splits:
         if (args.output / split / "metadata.jsonl").exists() and not (args.output / "answers.jsonl").is_file():
             raise ValueError(f"{args.output} holds another dataset: choose another --output")
+    others = {path.parent.name for path in args.output.glob("*/metadata.jsonl")} - set(args.splits)
+    if others:  # rejected.jsonl and the counts are of all splits
+        raise ValueError(
+            f"{args.output} holds {', '.join(sorted(others))}, too: name all of its splits (what was answered is not "
+            "asked again), or choose another --output"
+        )
     journal = Journal(args.output / "answers.jsonl", settings)
     meter = Meter(args.max_tokens_total, args.price_in, args.price_out)
     source = example_source(args, task, annotator, examples)

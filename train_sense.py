@@ -578,6 +578,8 @@ def main(argv: list[str] | None = None) -> dict:
     training.remove_unused_columns = False
     training.label_names = ["labels"]
     training.restore_callback_states_from_checkpoint = True
+    if training.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor: Trainer would smooth labels that nobody shifted; leave it out")
     if training.dataloader_persistent_workers:
         raise ValueError("dataloader_persistent_workers: such workers go on with the first epoch's rows; leave it out")
     checkpoint = find_checkpoint(training)

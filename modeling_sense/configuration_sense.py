@@ -12,6 +12,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 AUDIO_TOKEN_MODES = ("trim", "fixed")
 LORA_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 MAX_LORA_RANK = 4096
+MAX_CLASSIFIER_SIZE = 256  # labels, and channels of a convolution
 LORA_EXPRESSION = r"(\.\*|\\\.|\||\w|\(\w+(\|\w+)*\))+"  # of a regular expression: any text, dots, names, one of names
 CLASSIFIER_FIELDS = {"labels", "multi_label", "weights", "channels", "alpha"}
 # Where the Auto classes find the code that `save_pretrained` writes beside the weights (`trust_remote_code=True`).
@@ -151,18 +152,27 @@ def check_lora(lora: dict):
 
 
 def check_classifier(classifier: dict):
-    """Raises ValueError for settings of which no [`SenseClassifier`] can be built."""
+    """Raises ValueError for settings of which no [`SenseClassifier`] can be built, or a huge one: see `check_lora`."""
     if not isinstance(classifier, dict):
         raise ValueError(f"classifier must be a mapping, found {classifier!r}")
     if classifier.keys() != CLASSIFIER_FIELDS:
         raise ValueError(f"classifier must have the fields {sorted(CLASSIFIER_FIELDS)}, found {sorted(classifier)}")
-    labels, weights = classifier["labels"], classifier["weights"]
-    if not labels:
-        raise ValueError("classifier: labels is empty; name at least one")
-    if weights is not None and len(weights) != len(labels):
-        raise ValueError(f"classifier: {len(weights)} weights for {len(labels)} labels; give one a label")
-    if not 0 <= classifier["alpha"] <= 1:
-        raise ValueError(f"classifier: alpha must be within 0 and 1, found {classifier['alpha']}")
+    labels, weights, channels = (classifier[field] for field in ("labels", "weights", "channels"))
+    if not _all(labels, str) or not 1 <= len(labels) <= MAX_CLASSIFIER_SIZE:
+        raise ValueError(f"classifier: labels must be 1 to {MAX_CLASSIFIER_SIZE} names, found {labels!r}")
+    if weights is not None and not (_all(weights, float, int) and len(weights) == len(labels)):
+        raise ValueError(f"classifier: weights must be a number for each of {len(labels)} labels, found {weights!r}")
+    if not _all([classifier["alpha"]], float, int) or not 0 <= classifier["alpha"] <= 1:
+        raise ValueError(f"classifier: alpha must be within 0 and 1, found {classifier['alpha']!r}")
+    if not _all(channels, int) or len(channels) != 3 or not all(1 <= n <= MAX_CLASSIFIER_SIZE for n in channels):
+        raise ValueError(f"classifier: channels must be 3 numbers up to {MAX_CLASSIFIER_SIZE}, found {channels!r}")
+    if not _all([classifier["multi_label"]], bool):
+        raise ValueError(f"classifier: multi_label must be true or false, found {classifier['multi_label']!r}")
+
+
+def _all(values, *kinds: type) -> bool:
+    """Whether they are a list of such; True is no number."""
+    return isinstance(values, list | tuple) and all(type(value) in kinds for value in values)
 
 
 __all__ = ["SenseConfig"]

@@ -670,7 +670,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         output = super().generate(
             input_ids=ids, attention_mask=mask, cache=cache, generation_config=generation_config, **kwargs
         )
-        answers = list(output[:, ids.shape[1] :])
+        answers = list(getattr(output, "sequences", output)[:, ids.shape[1] :])  # return_dict_in_generate
         return [answers[i : i + branches] for i in range(0, len(answers), branches)]
 
     @torch.no_grad()
@@ -771,14 +771,19 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             dtype: of the frozen backbones. What is trained stays in fp32.
             gguf_file: a GGUF file in `text`, with the language model and its tokenizer; it is unpacked to `dtype`.
             quantize: `"int8"` or `"int4"`, see [`~SenseForConditionalGeneration.quantize`].
-            config_kwargs: further fields of [`SenseConfig`], such as `num_audio_tokens` and `audio_tokens`.
+            config_kwargs: further fields of [`SenseConfig`], such as `num_audio_tokens` and `audio_tokens`; LoRA and
+                a classifier come by `add_lora` and `add_classifier`.
 
         Raises:
             ValueError: `audio` is not a Whisper model, `text` not a decoder-only language model, one of them has no
-                weights in safetensors or wants its own code to run, or `quantize` is neither of the two.
+                weights in safetensors or wants its own code to run, `quantize` is neither of the two, or LoRA or a
+                classifier is among `config_kwargs`.
             OSError: there is no `gguf_file` in `text`.
             ImportError: the library that `quantize` takes is not installed.
         """
+        for name in ("lora", "classifier"):
+            if config_kwargs.get(name) is not None:
+                raise ValueError(f"{name} is no field of new backbones: compose the model, then call add_{name}")
         if quantize is not None:
             quantization_config(quantize)  # a wrong name or a missing library should not wait for the weights
         sources, revisions = {"audio": audio, "text": text}, revisions or {}
@@ -827,6 +832,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             raise ValueError(f"this model has LoRA already: {self.config.lora}")
         lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
         inject_lora(self.model.language_model, lora)
+        self.model.language_model.train(self.training)  # new dropout is in training
         self.config.lora = lora
         self.freeze_backbones()
 
@@ -1043,7 +1049,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             model.quantize(quantize)
         model.load_adapter(folder)
         # Not where copies of them lie on this machine; of rounded weights the fingerprint stays.
-        model.config.backbones = {**(model.config.backbones or {}), **about["backbones"]}
+        model.config.backbones = {**(model.config.backbones or {}), **(about["backbones"] or {})}
         model.name_or_path = str(folder)  # the processor lies there too
         return model.eval()
 

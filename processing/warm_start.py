@@ -6,6 +6,7 @@ Whisper's own cross-attention (its alignment heads, teacher-forced with the tran
 decoder, the words are spread evenly over the clip. Our own addition: the paper starts from a random adapter.
 """
 
+import math
 import os
 
 import torch
@@ -105,18 +106,20 @@ def warm_start(
 def speech_and_tokens(model, processor: SenseProcessor, aligner: "WordAligner", row: dict):
     """
     Of a clip's audio tokens, the adapter's linear layer's input `(num_tokens, d_model)` and the LLM tokens that are
-    spoken, `(num_tokens,)`; None for an empty text.
+    spoken, `(num_tokens,)`, as far as the clip reaches; None for an empty text.
     """
     adapter = model.model.multi_modal_projector
     features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
     encoded, frame_mask = model.model.encode(**features)
     frames = encoded.last_hidden_state
     pooled, mask = adapter.pool(frames, frame_mask)
+    frames_per_token = frames.shape[1] / adapter.num_audio_tokens
     tokens = spoken_tokens(
         row["text"],
         aligner.word_times(frames, row["text"], int(frame_mask.sum())),
-        num_tokens=int(mask.sum()),
-        frames_per_token=frames.shape[1] / adapter.num_audio_tokens,
+        # Without trimming the mask has all of 30 s: nothing is said after the clip.
+        num_tokens=min(int(mask.sum()), math.ceil(int(frame_mask.sum()) / frames_per_token)),
+        frames_per_token=frames_per_token,
         tokenizer=processor.tokenizer,
     )
     return None if tokens is None else (adapter.norm(pooled[mask][: len(tokens)].float()), tokens)

@@ -111,6 +111,17 @@ def test_a_faulty_server_loses_nothing(unlabelled, tmp_path):
         assert server.asked[text] == 1 + (found.index("markdown") if "markdown" in found else len(found))
 
 
+def test_splits_are_annotated_together(unlabelled, tmp_path):
+    """rejected.jsonl and the counts would lose those of a split that is not asked for again."""
+    with ChatServer(ANSWERS) as server:
+        run(server, unlabelled, tmp_path / "out")
+        (tmp_path / "out" / "train").rename(tmp_path / "out" / "dev")
+        before = (tmp_path / "out" / "rejected.jsonl").read_bytes()
+        with pytest.raises(ValueError, match="out holds dev, too: name all of its splits"):
+            run(server, unlabelled, tmp_path / "out")
+    assert (tmp_path / "out" / "rejected.jsonl").read_bytes() == before
+
+
 def test_a_server_that_takes_no_schema_is_asked_without(unlabelled, tmp_path):
     with ChatServer(ANSWERS, takes_schema=False) as server:
         run(server, unlabelled, tmp_path / "out", "--concurrency", "1")

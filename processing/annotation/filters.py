@@ -8,6 +8,7 @@ Both compare words after one normalisation, `words_of`: lower case; `. , ! ? ;` 
 marks part words; a possessive is a word of its own ("europe's" is "europe 's"), as SLUE scores them.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,12 +76,14 @@ class Filtered:
 
 def words_of(text: str) -> list[tuple[str, int, int]]:
     """The words of a text, normalised, each with its first character in the text and the one after its last."""
-    words, letters = [], []
+    words: list[tuple[str, int, int]] = []
+    letters: list[tuple[str, int]] = []  # of the word that is being read
     for at, letter in enumerate([*text, " "]):
         for sign in letter.lower():
             if sign in DROPPED_MARKS:
                 continue
-            if sign.isalnum() or sign == "'":
+            # A mark that is written over or around a letter (Mn, Mc) is of its word.
+            if sign.isalnum() or sign == "'" or letters and unicodedata.category(sign).startswith("M"):
                 letters.append((sign, at))
             elif letters:
                 words += _split_possessive(letters)

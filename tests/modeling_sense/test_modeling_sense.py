@@ -356,6 +356,13 @@ def test_branches_that_cannot_be(sense, prompts, how, message):
         sense[0].generate_branches(prompts, pooled_features=torch.zeros(1, 1, 32), **how)
 
 
+def test_answers_in_a_dictionary_are_answers(sense):
+    model, processor = sense
+    how = {"processor": processor, "max_new_tokens": 4}
+    found = model.understand([tone(0.5)], ["asr"], **how, return_dict_in_generate=True, output_scores=True)
+    assert found == model.understand([tone(0.5)], ["asr"], **how)
+
+
 def test_two_clips_in_one_prompt_with_beams(sense):
     model, processor = sense
     clips = [tone(0.5, seed=1), tone(1.0, seed=2)]

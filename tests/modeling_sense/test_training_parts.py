@@ -108,14 +108,37 @@ def test_three_convolutions_and_few_parameters():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"labels": []}, "labels is empty"),
-        ({"weights": [1.0]}, "1 weights for 3 labels"),
+        ({"labels": []}, "labels must be 1 to 256 names"),
+        ({"labels": [7]}, "labels must be 1 to 256 names"),
+        ({"weights": [1.0]}, "weights must be a number for each of 3 labels"),
+        ({"weights": [1.0, "a", 2.0]}, "weights must be a number for each of 3 labels"),
         ({"alpha": 1.5}, "alpha must be within 0 and 1, found 1.5"),
+        ({"alpha": "x"}, "alpha must be within 0 and 1, found 'x'"),
+        ({"channels": [100_000, 100_000, 1]}, "channels must be 3 numbers up to 256"),  # a terabyte
+        ({"channels": "abc"}, "channels must be 3 numbers up to 256"),
+        ({"multi_label": "no"}, "multi_label must be true or false"),
     ],
 )
 def test_bad_classifiers_are_refused(sense, changes, message):
     with pytest.raises(ValueError, match=message):
         sense[0].add_classifier(**({"labels": TAGS} | changes))
+
+
+def test_dropout_of_a_new_lora_is_off_where_the_model_is_not_in_training(sense):
+    model, processor = sense
+    model.eval().add_lora(r=4, lora_dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    inputs = processor.apply_request([tone(1.0)])
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(model.train()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("part", ["lora", "classifier"])
+def test_parts_are_added_to_a_composed_model(tiny_whisper, tiny_llama, part):
+    with pytest.raises(ValueError, match=f"compose the model, then call add_{part}"):
+        SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama, **{part: {"r": 4}})
 
 
 def test_merged_lora_gives_the_same_logits_and_one_matrix_less(sense, tmp_path):

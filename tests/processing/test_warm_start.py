@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, load_audio
-from processing.warm_start import RidgeRegression, WordAligner, spoken_tokens, warm_start
+from processing.warm_start import RidgeRegression, WordAligner, speech_and_tokens, spoken_tokens, warm_start
 from tests.conftest import make_corpus, tone
 
 
@@ -73,6 +73,15 @@ def test_warm_start_uses_every_audio_token_of_the_clips_asked_for(tiny_whisper, 
     expected = sum(processor.num_tokens(len(load_audio(row["audio"]))) for row in make_corpus(6).select(range(4)))
     assert found["audio_tokens"] == expected and found["clips"] == 4
     assert found["word_times"] == "even" and 0 < found["r2"] <= 1
+
+
+@pytest.mark.parametrize("audio_tokens", ["trim", "fixed"])
+def test_what_follows_a_clip_says_nothing(tiny_whisper, tiny_llama, audio_tokens):
+    model = SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama, audio_tokens=audio_tokens)
+    processor = SenseProcessor.from_backbones(tiny_whisper, tiny_llama, audio_tokens=audio_tokens)
+    row = make_corpus(1)[0]  # of half a second: 25 of the encoder's frames
+    heard, tokens = speech_and_tokens(model, processor, WordAligner(None), row)
+    assert len(heard) == len(tokens) == 5 and len(set(tokens.tolist())) > 1
 
 
 def test_gain_scales_what_the_adapter_says(tiny_whisper, tiny_llama):

@@ -301,6 +301,11 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(place, tmp_path):
     assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second))
 
 
+def test_label_smoothing_is_refused(recipe):
+    with pytest.raises(ValueError, match="label_smoothing_factor: Trainer would smooth labels that nobody shifted"):
+        train_sense.main([recipe, "--label_smoothing_factor", "0.1"])
+
+
 def test_workers_that_outlive_an_epoch_are_refused(recipe):
     with pytest.raises(ValueError, match="dataloader_persistent_workers: such workers go on with the first epoch's"):
         train_sense.main([recipe, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"])

@@ -94,6 +94,12 @@ def test_possessives_are_words_of_their_own():
     assert filter_phrases("europe 's north", [["PLACE", "europe's"]]).entities == [["PLACE", 0, 9]]
 
 
+@pytest.mark.parametrize("word", ["दिल्ली", "Bogota\u0301", "தமிழ்"])
+def test_marks_around_letters_are_of_their_word(word):
+    assert filter_phrases(f"in {word} now", [["PLACE", word]]).entities == [["PLACE", 3, len(word)]]
+    assert filter_phrases(f"in {word} now", [["PLACE", word[:-1]]]).rejected[0]["reason"] == "hallucinated"
+
+
 def test_phrases_without_a_word_are_empty():
     found = filter_phrases("anna", [["PERSON", ""], ["PERSON", "..."]])
     assert not found.entities and [drop["reason"] for drop in found.rejected] == ["empty", "empty"]
