@@ -168,8 +168,21 @@ async def ask(run: Run, items: list) -> str | None:
     return None
 
 
+def check_output(folder: Path, splits: list[str]):
+    """Raises ValueError for a folder of something else, or of other splits, too: its lists are of all of them."""
+    found = {path.parent.name for path in folder.glob("*/metadata.jsonl")}
+    if found and not (folder / "answers.jsonl").is_file():
+        raise ValueError(f"{folder} holds another dataset: choose another --output")
+    if others := sorted(found - set(splits)):
+        raise ValueError(
+            f"{folder} holds {', '.join(others)}, too: name all of its splits (what was answered is not asked again), "
+            "or choose another --output"
+        )
+
+
 def annotate(args) -> dict:
     """The whole job; returns the provenance."""
+    check_output(args.output, args.splits)
     task, annotator = make_task(args), make_annotator(args)
     bad_rows = BadRows(args.on_bad_row, args.output)
     splits = {split: load_rows(args, split, bad_rows) for split in args.splits}
@@ -183,15 +196,6 @@ def annotate(args) -> dict:
         "prompt": digest([task.instruction, task.schema]),
         "examples": digest([examples, args.retrieve]),
     }
-    for split in args.splits:
-        if (args.output / split / "metadata.jsonl").exists() and not (args.output / "answers.jsonl").is_file():
-            raise ValueError(f"{args.output} holds another dataset: choose another --output")
-    others = {path.parent.name for path in args.output.glob("*/metadata.jsonl")} - set(args.splits)
-    if others:  # rejected.jsonl and the counts are of all splits
-        raise ValueError(
-            f"{args.output} holds {', '.join(sorted(others))}, too: name all of its splits (what was answered is not "
-            "asked again), or choose another --output"
-        )
     journal = Journal(args.output / "answers.jsonl", settings)
     meter = Meter(args.max_tokens_total, args.price_in, args.price_out)
     source = example_source(args, task, annotator, examples)

@@ -393,10 +393,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "model", nargs="?", default=model, help=f"folder or Hub id; default: $SENSE_MODEL, or {SHIPPED}"
     )
     beside = Path(__file__).with_name("examples")  # in a Space nobody gives options
+    is_offered = any(path.suffix.lower() in AUDIO_SUFFIXES for path in beside.glob("*"))
     parser.add_argument(
         "--examples",
         type=Path,
-        default=beside if beside.is_dir() else None,
+        default=beside if is_offered else None,
         help="folder of recordings to offer; default: `examples` beside the page; without it, some are spoken",
     )
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, or the first free one from 7860")

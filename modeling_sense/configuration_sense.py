@@ -60,8 +60,8 @@ class SenseConfig(PreTrainedConfig):
 
     Raises:
         ValueError: `audio_tokens` is neither `"trim"` nor `"fixed"`, `num_audio_tokens` is not within 1 and the
-            encoder's number of frames, `classifier` lacks a field, has another one, or an alpha outside 0 to 1, or
-            `lora` is none that `add_lora` makes.
+            encoder's number of frames, `classifier` is none that `add_classifier` makes, or `lora` none that
+            `add_lora` makes.
     """
 
     model_type = "sense"

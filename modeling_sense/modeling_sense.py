@@ -896,6 +896,11 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             multi_label: any number of `labels` holds for a clip (tags), not exactly one (classes).
             weights: one a label, see [`SenseClassifier.loss`].
             alpha: the classifier's share of the loss. The paper's is 0.2.
+            channels: of its three convolutions.
+
+        Raises:
+            ValueError: no labels or more than 256, not a weight for each, an alpha outside 0 to 1, or channels that
+                are not three numbers up to 256.
         """
         settings = {"labels": list(labels), "multi_label": multi_label, "weights": weights}
         settings |= {"alpha": alpha, "channels": list(channels)}

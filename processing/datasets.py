@@ -70,7 +70,8 @@ def load_corpus(
             - a folder with `{split}/metadata.jsonl`, or one `metadata.jsonl` (its split is `train`), each line with
               `file_name`, the audio file's path from there, and the text;
             - a LibriSpeech tree, `{split}/{speaker}/{chapter}/*.trans.txt`, such as `dev-clean`;
-            - a folder of `Dataset.save_to_disk`;
+            - a folder of `DatasetDict.save_to_disk`, or of `Dataset.save_to_disk`, whose split is the one that it was
+              loaded as, or `train`;
             - anything that `datasets.load_dataset` takes: a Hub id, a folder of Parquet files.
         split: such as `train`.
         audio_column: column of the audio; in a metadata.jsonl `audio` stands for `file_name`.
@@ -278,8 +279,8 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     folder = Path(dataset).expanduser()
     path = str(folder.resolve()) if folder.is_dir() else str(dataset)  # a bare name such as csv is a loader's, too
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(path)
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        saved = _load_saved(path)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {_split_of(saved): saved}
         _require("split", split, splits, dataset)
         source = splits[split].to_iterable_dataset() if streaming else splits[split]
     else:
@@ -310,6 +311,20 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
 
     source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED)
+
+
+def _load_saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
+    """What `save_to_disk` wrote."""
+    try:
+        return datasets.load_from_disk(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"dataset {path}: `datasets` can't load it ({error})") from error
+
+
+def _split_of(saved: datasets.Dataset) -> str:
+    """The split that a dataset was, by its own word; `train` if it has none, or is a part such as `train[:10%]`."""
+    name = str(saved.split or "train")
+    return name if name.isidentifier() else "train"
 
 
 def _digest(row: dict, audio_column: str) -> str:
@@ -359,16 +374,16 @@ def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float
     try:
         with soundfile.SoundFile(source) as file:
             length = file.frames / file.samplerate
-            if length < end - start + 0.1 or length <= start:
+            if length < end - start + 0.1:
                 return audio, length
+            if length < end - 0.1:
+                message = f"{end}, but {audio['path'] or 'audio'} ends after {length:.2f} s"
+                raise RowError("truncated", "end_second", f"{message}; get it again, or delete the row")
             file.seek(round(start * file.samplerate))
             samples, rate = file.read(round((end - start) * file.samplerate)), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         message = f"{audio['path'] or 'audio'} is not readable ({error}); get the file again"
         raise RowError("unreadable", field, message) from error
-    if len(samples) < (end - start - 0.1) * rate:
-        message = f"{end}, but {audio['path'] or 'audio'} ends after {length:.2f} s; get it again, or delete the row"
-        raise RowError("truncated", "end_second", message)
     cut = io.BytesIO()
     soundfile.write(cut, samples, rate, format="FLAC")
     return {"bytes": cut.getvalue(), "path": audio["path"]}, end - start

@@ -82,8 +82,10 @@ def evaluate(folder: Path, fields: dict, args: argparse.Namespace):
     """Scores what was trained in `folder`, unless that was done."""
     if not (folder / "scored" / "metrics.json").is_file():
         asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": folder / "scored"}
-        asked |= {"text_column": fields.get("text_column", "text"), "show": 0}
+        columns = {name: fields[name] for name in ("audio_column", "text_column") if name in fields}
+        asked |= {**columns, "show": 0}
         options = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+        options += ["--lowercase"] if fields.get("lowercase") else []
         launch(args, "eval_sense.py", *options, "--tasks", *fields["tasks"])
 
 

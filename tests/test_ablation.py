@@ -86,6 +86,15 @@ def test_scripts_are_started_by_torchrun(monkeypatch):
     assert ran == [([*starter, str(ablation.ROOT / "train_sense.py"), "a.yaml"], True)]
 
 
+def test_cells_are_scored_on_the_columns_that_they_learnt(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "launch", lambda args, script, *options: asked.extend(options))
+    args = SimpleNamespace(dataset_dir="DIR", split="dev")
+    ablation.evaluate(tmp_path, {"tasks": {"asr": 1}, "audio_column": "sound", "lowercase": True}, args)
+    assert "--lowercase" in asked and asked[asked.index("--audio_column") + 1] == "sound"
+    assert "--text_column" not in asked and asked[-2:] == ["--tasks", "asr"]
+
+
 def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
     (tmp_path / "scored").mkdir()
     scores = {"ner_wer": 50.0, "ner_wer_interval": [40.0, 60.0], "ner_f1": 10.0}

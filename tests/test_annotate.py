@@ -116,10 +116,11 @@ def test_splits_are_annotated_together(unlabelled, tmp_path):
     with ChatServer(ANSWERS) as server:
         run(server, unlabelled, tmp_path / "out")
         (tmp_path / "out" / "train").rename(tmp_path / "out" / "dev")
-        before = (tmp_path / "out" / "rejected.jsonl").read_bytes()
+        (tmp_path / "out" / "bad_rows.jsonl").write_text("of dev\n")
+        before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
         with pytest.raises(ValueError, match="out holds dev, too: name all of its splits"):
             run(server, unlabelled, tmp_path / "out")
-    assert (tmp_path / "out" / "rejected.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")} == before
 
 
 def test_a_server_that_takes_no_schema_is_asked_without(unlabelled, tmp_path):

@@ -184,6 +184,9 @@ def test_a_spaces_own_examples_are_offered(tmp_path, monkeypatch):
     assert app.parse_args([]).examples is None
     monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
     (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "notes.txt").write_text("of something else")
+    assert app.parse_args([]).examples is None
+    (tmp_path / "examples" / "one.wav").touch()
     assert app.parse_args([]).examples == tmp_path / "examples"
     assert app.parse_args(["--examples", str(tmp_path)]).examples == tmp_path
 

@@ -5,7 +5,8 @@ Filter 1 drops what is not said: a phrase must stand in the transcript as whole 
 Filter 2 drops meaningless tags: a tag must be of the tag set, `TAG_NAMES` maps near misses to it first.
 
 Both compare words after one normalisation, `words_of`: lower case; `. , ! ? ;` dropped ("U.S." is "us"), all other
-marks part words; a possessive is a word of its own ("europe's" is "europe 's"), as SLUE scores them.
+marks part words, but for combining ones, which are of their letter; a possessive is a word of its own ("europe's" is
+"europe 's"), as SLUE scores them.
 """
 
 import unicodedata
@@ -82,8 +83,9 @@ def words_of(text: str) -> list[tuple[str, int, int]]:
         for sign in letter.lower():
             if sign in DROPPED_MARKS:
                 continue
-            # A mark that is written over or around a letter (Mn, Mc) is of its word.
-            if sign.isalnum() or sign == "'" or letters and unicodedata.category(sign).startswith("M"):
+            # A combining mark is of the letter that it follows.
+            is_mark = unicodedata.category(sign).startswith("M") and letters and letters[-1][0] != "'"
+            if sign.isalnum() or sign == "'" or is_mark:
                 letters.append((sign, at))
             elif letters:
                 words += _split_possessive(letters)

@@ -321,6 +321,11 @@ def test_one_split_saved_to_disk(hub_like, tmp_path, monkeypatch):
         assert rows["text"] == hub_like[1]["normalized_text"] and len(load_audio(rows[0]["audio"])) > 0
     with pytest.raises(ValueError, match="no split 'test'; it has 'train'"):
         load_corpus("~/csv", "test", **COLUMNS)
+    datasets.load_dataset(str(hub_like[0]), split="test").save_to_disk(tmp_path / "saved")  # it knows what it is
+    assert len(load_corpus(tmp_path / "saved", "test", **COLUMNS)) == len(hub_like[1])
+    (tmp_path / "saved" / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match="saved: `datasets` can't load it"):
+        load_corpus(tmp_path / "saved", "test", **COLUMNS)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -477,6 +482,7 @@ def test_slue_voxceleb_with_a_part_that_cannot_be(tmp_path):
     "start, end, message",
     [
         ("1.5", "2.5", "row 1, end_second: 2.5, but audio ends after 2.00 s; get it again"),
+        ("2.5", "3.5", "row 1, end_second: 3.5, but audio ends after 2.00 s; get it again"),
         ("now", "1.0", "row 1, start_second: 'now'; give seconds, or none"),
     ],
 )

@@ -1,7 +1,7 @@
 """The two filters: what stays, what falls and why."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from processing.annotation.filters import (
@@ -33,6 +33,8 @@ def test_words(text, words):
 
 
 @given(st.text())
+@example("'\u0301a")
+@example("a'\u0301 a\u0301's")
 def test_words_stand_where_they_say(text):
     found = words_of(text)
     for word, start, end in found:
