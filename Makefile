@@ -35,9 +35,9 @@ quickstart: backbones
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
-# Another seed: make reproduce DATASET=DIR SEED=1 MINI=outputs/sense_mini_seed1
-MINI := outputs/sense_mini
+# Another seed, in a folder of its own: make reproduce DATASET=DIR SEED=1
 SEED := 0
+MINI := outputs/sense_mini$(addprefix _seed,$(filter-out 0,$(SEED)))
 # As it was trained: on the CPU, two processes of one thread.
 TWICE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 reproduce: $(VENV)/installed

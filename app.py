@@ -312,11 +312,14 @@ def make_examples(folder: Path) -> list[tuple[str, str]]:
     return examples
 
 
+def audio_files(folder: Path) -> list[Path]:
+    """Of a folder; none, where there is no such folder."""
+    return [path for path in sorted(folder.glob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
+
+
 def find_examples(folder: Path) -> list[tuple[str, str]]:
     """Audio files of a folder, and their names."""
-    found = []
-    if folder.is_dir():
-        found = [(str(path), path.stem) for path in sorted(folder.iterdir()) if path.suffix.lower() in AUDIO_SUFFIXES]
+    found = [(str(path), path.stem) for path in audio_files(folder)]
     if not found:
         raise ValueError(f"{folder}: no audio to give as examples; put WAV, FLAC, OGG or MP3 files there")
     return found
@@ -393,11 +396,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "model", nargs="?", default=model, help=f"folder or Hub id; default: $SENSE_MODEL, or {SHIPPED}"
     )
     beside = Path(__file__).with_name("examples")  # in a Space nobody gives options
-    is_offered = any(path.suffix.lower() in AUDIO_SUFFIXES for path in beside.glob("*"))
     parser.add_argument(
         "--examples",
         type=Path,
-        default=beside if is_offered else None,
+        default=beside if audio_files(beside) else None,
         help="folder of recordings to offer; default: `examples` beside the page; without it, some are spoken",
     )
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, or the first free one from 7860")

@@ -162,11 +162,11 @@ def check_classifier(classifier: dict):
         raise ValueError(f"classifier: labels must be 1 to {MAX_CLASSIFIER_SIZE} names, found {labels!r}")
     if weights is not None and not (_all(weights, float, int) and len(weights) == len(labels)):
         raise ValueError(f"classifier: weights must be a number for each of {len(labels)} labels, found {weights!r}")
-    if not _all([classifier["alpha"]], float, int) or not 0 <= classifier["alpha"] <= 1:
+    if type(classifier["alpha"]) not in (int, float) or not 0 <= classifier["alpha"] <= 1:
         raise ValueError(f"classifier: alpha must be within 0 and 1, found {classifier['alpha']!r}")
     if not _all(channels, int) or len(channels) != 3 or not all(1 <= n <= MAX_CLASSIFIER_SIZE for n in channels):
         raise ValueError(f"classifier: channels must be 3 numbers up to {MAX_CLASSIFIER_SIZE}, found {channels!r}")
-    if not _all([classifier["multi_label"]], bool):
+    if type(classifier["multi_label"]) is not bool:
         raise ValueError(f"classifier: multi_label must be true or false, found {classifier['multi_label']!r}")
 
 

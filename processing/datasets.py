@@ -104,21 +104,31 @@ def load_corpus(
 
 def _read_rows(dataset: str | Path, split: str, columns: dict, config_name: str | None, streaming: bool):
     """All rows of a split, as `NOTED`."""
-    folder = Path(dataset).expanduser()
+    folder = _folder(dataset)
     if folder.is_dir():
         rows = _read_folder(folder, split, columns)
         if rows is not None:
-            built = datasets.Dataset.from_list(rows, features=datasets.Features({**NOTED, "audio": STORED_AUDIO}))
-            built = built.cast_column("audio", NOTED["audio"])
+            built = from_rows(rows, NOTED)
             return built.to_iterable_dataset() if streaming else built
     elif folder.is_absolute() or str(dataset).startswith((".", "~")):
         raise ValueError(f"dataset {dataset}: no such folder")
     return _load_with_datasets(dataset, split, columns, config_name, streaming)
 
 
+def from_rows(rows: list[dict], schema: datasets.Features = SCHEMA) -> datasets.Dataset:
+    """A dataset of rows that are in a schema already, such as `SCHEMA`."""
+    built = datasets.Dataset.from_list(rows, features=datasets.Features({**schema, "audio": STORED_AUDIO}))
+    return built.cast_column("audio", schema["audio"])
+
+
+def _folder(dataset: str | Path) -> Path:
+    """Where it lies, if it is a folder. `~name` of nobody stays as it is, where Path.expanduser raises."""
+    return Path(os.path.expanduser(dataset))
+
+
 def dataset_name(dataset: str | Path) -> tuple[str, bool]:
     """What others know a dataset by: its Hub id, or the own name of its folder; and whether it is on the Hub."""
-    folder = Path(dataset).expanduser()
+    folder = _folder(dataset)
     return (folder.resolve().name, False) if folder.exists() else (str(dataset), True)
 
 
@@ -129,9 +139,7 @@ def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
 
 def read_stream(rows: datasets.IterableDataset, number: int | None, bad_rows: BadRows) -> datasets.Dataset:
     """The first so many rows of a stream that can be used, all by default, in memory."""
-    first = list(itertools.islice(bad_rows.usable(rows), number))
-    built = datasets.Dataset.from_list(first, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
-    return built.cast_column("audio", SCHEMA["audio"])
+    return from_rows(list(itertools.islice(bad_rows.usable(rows), number)))
 
 
 def _read_folder(folder: Path, split: str, columns: dict) -> list[dict] | None:
@@ -276,19 +284,18 @@ def _check_file(audio: dict, field: str):
 
 def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | None, streaming: bool):
     """A split that the `datasets` library loads, in the schema."""
-    folder = Path(dataset).expanduser()
+    folder = _folder(dataset)
     path = str(folder.resolve()) if folder.is_dir() else str(dataset)  # a bare name such as csv is a loader's, too
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = _load_saved(path)
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {_split_of(saved): saved}
-        _require("split", split, splits, dataset)
-        source = splits[split].to_iterable_dataset() if streaming else splits[split]
-    else:
-        try:
-            source = datasets.load_dataset(path, config_name, split=split, streaming=streaming)
-        except (RuntimeError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-            # `datasets` runs no script of a dataset, and finds nothing in a folder of other files.
-            raise ValueError(f"dataset {dataset}: `datasets` can't load it ({error})") from error
+    is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    try:
+        if is_saved:
+            found = datasets.load_from_disk(path)
+        else:
+            found = datasets.load_dataset(path, config_name, split=split, streaming=streaming)
+    except (RuntimeError, FileNotFoundError, json.JSONDecodeError, datasets.exceptions.DatasetsError) as error:
+        # `datasets` runs no script of a dataset, and finds nothing in a folder of other files.
+        raise ValueError(f"dataset {dataset}: `datasets` can't load it ({error})") from error
+    source = _choose_split(found, split, dataset, streaming) if is_saved else found
     present = source.column_names or list(next(iter(source)))
     for kind in ("audio", "text"):
         _require(f"{kind} column", columns[kind], present, dataset)
@@ -313,18 +320,13 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED)
 
 
-def _load_saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
-    """What `save_to_disk` wrote."""
-    try:
-        return datasets.load_from_disk(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"dataset {path}: `datasets` can't load it ({error})") from error
-
-
-def _split_of(saved: datasets.Dataset) -> str:
-    """The split that a dataset was, by its own word; `train` if it has none, or is a part such as `train[:10%]`."""
-    name = str(saved.split or "train")
-    return name if name.isidentifier() else "train"
+def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, dataset, streaming: bool):
+    """A split of what was saved. A single one says what it was; without that, or as `train[:10%]`, it is `train`."""
+    if not isinstance(saved, datasets.DatasetDict):
+        name = str(saved.split)
+        saved = {name if saved.split and name.isidentifier() else "train": saved}
+    _require("split", split, saved, dataset)
+    return saved[split].to_iterable_dataset() if streaming else saved[split]
 
 
 def _digest(row: dict, audio_column: str) -> str:

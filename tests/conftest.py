@@ -29,7 +29,7 @@ from transformers import (
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor
 from processing.collator import SenseCollator
-from processing.datasets import SCHEMA, STORED_AUDIO
+from processing.datasets import from_rows
 from processing.tasks import make_tasks
 
 
@@ -65,13 +65,7 @@ def make_corpus(number: int) -> datasets.Dataset:
         rows[-1] |= {"entities": [[["PERSON", "PLACE"][i % 2], 0, len(text.split()[0])]] if i % 3 else []}
         rows[-1] |= {"sentiment": None if i % 8 == 7 else sentiments[i % 4]}
         rows[-1] |= {"language": "en", "duration": len(clip) / 16000, "speaker": f"speaker-{i % 2}"}
-    return stored(rows)
-
-
-def stored(rows: list[dict]) -> datasets.Dataset:
-    """A dataset in the project's schema."""
-    built = datasets.Dataset.from_list(rows, features=datasets.Features({**SCHEMA, "audio": STORED_AUDIO}))
-    return built.cast_column("audio", SCHEMA["audio"])
+    return from_rows(rows)
 
 
 def wav(clip: np.ndarray, rate: int = 16000) -> bytes:

@@ -1,5 +1,7 @@
 """The checkpoint that comes with the package, as its files; tests/real hears with it."""
 
+import re
+import subprocess
 from pathlib import Path
 
 from safetensors import safe_open
@@ -38,6 +40,15 @@ def test_it_answers_as_its_recipe_asked():
     recipe = Path(find_recipe("sense_mini/2_asr_ner_sa")).read_text()
     prompts = SenseProcessor.from_pretrained(FOLDER).prompts
     assert set(prompts) == {"asr", "ner", "sa"} and all(f"{name}: {text}" in recipe for name, text in prompts.items())
+
+
+def test_another_seed_has_a_folder_of_its_own():
+    """Else it would go on from the checkpoints of the first."""
+    for seed, folder in (("0", "outputs/sense_mini"), ("1", "outputs/sense_mini_seed1")):
+        asked = ["make", "--dry-run", "reproduce", "DATASET=DIR", f"SEED={seed}"]
+        said = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert said.count(f"--seed {seed} --output_dir {folder}/") == 2 and f"--init_from {folder}/1_asr_ner" in said
+        assert set(re.findall(r"outputs/\w+", said)) == {folder}
 
 
 def test_it_goes_by_its_name_unless_a_folder_does(tmp_path, monkeypatch):

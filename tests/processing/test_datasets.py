@@ -384,7 +384,7 @@ def test_remote_audio_is_fetched(hub_like, tmp_path):
 
 
 def test_folder_that_is_not_there(tmp_path):
-    for dataset in (tmp_path / "nowhere", "./nowhere"):
+    for dataset in (tmp_path / "nowhere", "./nowhere", "~nobody-of-that-name/nowhere"):
         with pytest.raises(ValueError, match="nowhere: no such folder"):
             load_corpus(dataset, "train")
 

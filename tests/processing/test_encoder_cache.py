@@ -15,8 +15,9 @@ import torch
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, encoder_cache, load_audio
 from processing.augmentation import change_speed
+from processing.datasets import from_rows
 from processing.encoder_cache import EncoderCache, build_cache, write_shard
-from tests.conftest import make_corpus, stored, tone, wav, write_corpus
+from tests.conftest import make_corpus, tone, wav, write_corpus
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,7 @@ def test_a_long_clip_is_not_slowed_beyond_what_whisper_hears(sense, tmp_path):
     model, processor = sense
     rows = list(make_corpus(2))
     rows[0]["audio"] = {"bytes": wav(tone(29.0)), "path": None}
-    cache = build_cache(model, processor, stored(rows), tmp_path, speeds=(1.0, 0.9))
+    cache = build_cache(model, processor, from_rows(rows), tmp_path, speeds=(1.0, 0.9))
     assert [torch.equal(cache.get(row, 0), cache.get(row, 1)) for row in (0, 1)] == [True, False]
 
 
