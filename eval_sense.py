@@ -10,6 +10,7 @@ also OUT/report.html, a page to look at and listen to.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,17 @@ def load_rows(args, split: str, bad_rows: BadRows | None = None):
     )
 
 
+def require_writable(folder: Path):
+    """Makes the folder. Raises ValueError where nothing can be written to it: better now than after the decoding."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"--output_dir {folder} is no folder that can be written to: name another")
+
+
 def measured_on(args, model) -> dict:
     """What the scores are of, for the card: the data (a folder by its own name), the weights and the decoding."""
     name, on_hub = dataset_name(args.dataset)
@@ -285,6 +297,8 @@ def main(argv: list[str] | None = None) -> dict:
     dataset = bad_rows.check(first_rows(load_rows(args, args.split, bad_rows), args.max_samples))
     bad_rows.settle()
     check_controls(args, model, tasks)
+    folder = Path(args.output_dir)
+    require_writable(folder)
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
 
     begin = time.perf_counter()
@@ -307,7 +321,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics["bad_rows"] = bad_rows.counts
     metrics["measured_on"] = measured_on(args, model) | {"bad_rows": len(bad_rows)}
     if PartialState().is_main_process:
-        table, folder = utterance_table(rows, durations, answers, parsed), Path(args.output_dir)
+        table = utterance_table(rows, durations, answers, parsed)
         report.write_evaluation(folder, metrics, table, args.show)
         if args.report:
             about = describe_run(args, model, PartialState().num_processes, metrics["rtf"])

@@ -249,6 +249,9 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="The Hub's name of it, such as apache-2.0, for the card.")
     ] = None,
+    notes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Markdown that the card begins with, in your own words.")
+    ] = None,
 ):
     """Write a folder with weights, processor, code and model card that others can load, or upload it to the Hub."""
     if output_dir is None and push is None:
@@ -256,7 +259,7 @@ def export(
     from processing.hub import export_model, push_model
 
     how = {"adapter_only": adapter_only, "metrics": metrics or (), "repo_id": push, "license": license}
-    how |= {"datasets": dataset or (), "language": language or ()}
+    how |= {"datasets": dataset or (), "language": language or (), "notes": notes}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = export_model(model, output_dir or Path(scratch) / Path(push).name, **how)

@@ -646,6 +646,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     kept = sum(sizes.values()) - sizes["classifier"]
     metrics = trainer.evaluate() | {"trained_parameters": kept, "train_clips": None if args.streaming else len(train)}
+    metrics["scored_clips"] = len(trainer.scored_rows)
     metrics["bad_rows"] = count_kinds(bad_rows.read_list().values()) if args.streaming else bad_rows.counts
     gather_weights(model, keep=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():

@@ -13,6 +13,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import soundfile
+from accelerate import PartialState
 
 from processing import SpokenLanguageUnderstandingPipeline
 from processing.datasets import load_corpus
@@ -43,6 +44,7 @@ def write_recording(path: Path, rows, minutes: float) -> list[int]:
 
 
 def make_pipe(model: str, chunk_length_s: float | None = None) -> SpokenLanguageUnderstandingPipeline:
+    PartialState(cpu=True)  # what is measured is a CPU, on machines with a GPU too
     parts = load_checkpoint(model)
     how = {"return_entities": False, "return_sentiment": False, "chunk_length_s": chunk_length_s}
     return SpokenLanguageUnderstandingPipeline(model=parts[0], processor=parts[1], **how)

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+from processing.bad_rows import count_cores
 from processing.evaluation_page import cpu_name
 
 from .setting import Setting, System
@@ -143,7 +144,7 @@ def machine(device: str) -> dict:
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "cores_allowed": len(os.sched_getaffinity(0)),
+        "cores_allowed": count_cores(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],  # processes that ran in the last minute: is anybody else at work?
         "ram_gib": round(int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 2**20, 1),

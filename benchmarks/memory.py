@@ -68,7 +68,8 @@ def resident_bytes(field: str) -> int:
     """Present (`VmRSS`) or highest (`VmHWM`) resident size of this process."""
     if STATUS.exists():
         return 1024 * int(re.search(rf"{field}:\s+(\d+)", STATUS.read_text())[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # no present size there: the highest so far
+    # No present size there: the highest so far, on macOS in bytes, elsewhere in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import nn
 
 from eval_sense import parse_answers, understand
@@ -80,6 +81,7 @@ def paper_config() -> SenseConfig:
 
 def measure_form(args: argparse.Namespace, form: str) -> dict:
     """To be called in a new process: `weights` and `peak`, bytes; `imports`, those before; `seconds`; the WER."""
+    PartialState(cpu=True)  # what is measured is a CPU, on machines with a GPU too
     before = resident_bytes("VmRSS")
     dtype, quantize = FORMS[form]
     model, processor = load_checkpoint(args.model, dtype, quantize=quantize)

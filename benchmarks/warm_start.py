@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> dict:
     for encoder in args.encoders:
         (known, held_out), embeddings = hear(encoder, args.llm, rows)
         for clips in args.clips:
-            chosen = [known[i * len(known) // clips] for i in range(min(clips, len(known)))]
+            number = min(clips, len(known))
+            chosen = [known[i * len(known) // number] for i in range(number)]
             found += [{"encoder": encoder, **measure(chosen, held_out, embeddings, ridge)} for ridge in args.ridge]
     where = args.dataset.rstrip("/").rpartition("/")[2]
     tokens = sum(len(tokens) for _, tokens in held_out)

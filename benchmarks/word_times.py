@@ -15,6 +15,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from processing import SpokenLanguageUnderstandingPipeline
@@ -158,6 +159,8 @@ def _edges(mine: Spans, true: Spans) -> list[tuple[float, float]]:
 
 
 def _summary(found: list[tuple[float, float]]) -> dict:
+    if not found:
+        raise ValueError("not one word to measure: the model had none right, or the clips have none with known times")
     milliseconds = 1000 * np.array(found)
     names = ("start", "end")
     return {
@@ -184,6 +187,7 @@ def heard_errors(model, processor, rows: list[dict]) -> dict:
 
 @torch.inference_mode()
 def measure_model(folder: str, rows: list[dict], tuning: list[dict], aligner: WordAligner) -> dict:
+    PartialState(cpu=True)  # what is measured is a CPU, on machines with a GPU too
     model, processor = load_checkpoint(folder, "float32")
     model.set_attn_implementation("eager")  # the one that returns its weights
     heads = choose_heads(model, processor, tuning)

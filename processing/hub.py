@@ -114,6 +114,7 @@ def export_model(
     repo_id: str | None = None,
     language: Sequence[str] = (),
     license: str | None = None,
+    notes: str | os.PathLike | None = None,
 ) -> Path:
     """
     Writes a folder that can be published as it is: weights (or the adapter alone), processor, code and model card.
@@ -128,17 +129,20 @@ def export_model(
         repo_id: where it will be published, for the card.
         language: ISO codes, beside those that the run recorded.
         license: the Hub's identifier, such as apache-2.0. None is claimed by default.
+        notes: Markdown file that the card begins with, in your own words: its data, what it is for, what it can't do.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: `output_dir` exists, a metrics file can't be read, `adapter_only` of a model whose LoRA was merged
-            or whose backbones are folders of this machine.
+        ValueError: `output_dir` exists, a metrics file can't be read, there is no `notes`, `adapter_only` of a model
+            whose LoRA was merged or whose backbones are folders of this machine.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: name a folder that does not")
+    if notes is not None and not Path(notes).is_file():
+        raise ValueError(f"{notes}: no such file; give Markdown for the card")
     loaded, processor = load_checkpoint(model, dtype)
     loaded.remove_classifier()
     loaded.config.backbones = published_backbones(loaded.config.backbones, adapter_only)
@@ -151,6 +155,7 @@ def export_model(
         repo_id=repo_id or output_dir.name,
         language=language,
         license=license,
+        notes=None if notes is None else Path(notes).read_text(encoding="utf-8"),
         adapter_only=adapter_only,
     )
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")

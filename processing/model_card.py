@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_sense.modeling_sense import is_hub_id, is_trained
@@ -29,6 +30,7 @@ RECIPE = (  # what a card tells of a run's settings
     "filter_labels",
     "balance_classes",
     "max_train_samples",
+    "max_eval_samples",
     "backbone_dtype",
     "gguf_file",
     "quantize",
@@ -41,6 +43,7 @@ RECIPE = (  # what a card tells of a run's settings
     "classifier",
     "classifier_alpha",
     "warm_start",
+    "warm_start_clips",
     "speeds",
     "time_mask",
     "time_stretch",
@@ -49,7 +52,9 @@ RECIPE = (  # what a card tells of a run's settings
     "adapter_learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
+    "adam_beta2",
     "weight_decay",
+    "max_grad_norm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
@@ -116,6 +121,7 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
         "trained_parameters": sizes,
         "steps": state.global_step,
         "epochs": state.epoch,
+        "processes": PartialState().num_processes,
         "recipe": {name: _plain(recipe[name]) for name in RECIPE},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -162,6 +168,7 @@ def make_card(
     datasets: Sequence[str] = (),
     language: Sequence[str] = (),
     license: str | None = None,
+    notes: str | None = None,
     adapter_only: bool = False,
 ) -> ModelCard:
     """
@@ -175,6 +182,7 @@ def make_card(
         datasets: Hub ids or names of the training data, beside those in `run`.
         language: ISO codes, beside those in `run`.
         license: the Hub's identifier; none is claimed by default.
+        notes: Markdown of whoever publishes it, which comes first: what no file of a run knows.
         adapter_only: the repository holds what was trained alone.
 
     Raises:
@@ -209,7 +217,8 @@ def make_card(
         "Licence": _licence(model, license),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{_lead(model)}\n\n{body}\n")
+    top = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.rpartition('/')[2]}", _lead(model)]
+    return ModelCard("\n\n".join([*top, *([notes.strip()] if notes else []), body]) + "\n")
 
 
 def _stages(run: str | os.PathLike | None) -> list[dict | None]:
@@ -278,6 +287,20 @@ def _lead(model) -> str:
     return (
         f"A SENSE speech-language model ([paper](https://arxiv.org/abs/2509.04473)): the frozen encoder of {audio}, "
         f"an adapter that pools and projects what it hears, and {text}, which answers in text."
+    ) + _from_packages(names)
+
+
+def _from_packages(backbones: dict) -> str:
+    """Backbones that nobody gets from the Hub, and what is different in them."""
+    names = [backbones[part]["id"] for part in ("audio", "text") if part in backbones]
+    found = [name for name in names if name.endswith(FROM_PACKAGES)]
+    if not found:
+        return ""
+    notes = "".join(f" {name} is {BACKBONES[name].note}." for name in found if BACKBONES[name].note)
+    return (
+        f"\n\n`{FROM_PACKAGES}`: these weights are unpacked from Python packages, pinned by version and checked by "
+        f"SHA-256, by processing/backbones.py of the package sense-asr: the same on every machine.{notes} Others, the "
+        "Hub's too, are refused: what was trained does not fit them."
     )
 
 
@@ -295,14 +318,19 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
         sample = ADAPTER_SAMPLE if on_hub else PACKAGE_SAMPLE
     needs = ["transformers>=5.24", "torch", "soundfile"] + ["peft"] * (model.config.lora is not None)
     needs += _needs_of_weights(model, adapter_only)
-    return (
+    install = (
         f"```bash\npip install {' '.join(repr(n) if '>' in n else n for n in needs)}"
-        "    # torchaudio too, for audio that is not at 16 kHz\n```\n\n"
-        f"```python\n{sample.format(repo_id=repo_id)}{ASK.format(tasks=json.dumps(list(processor.prompts)))}```\n\n"
-        "Clips are paths, bytes or arrays. With the package sense-asr installed, `import modeling_sense, processing` "
-        "takes the place of `trust_remote_code=True`."
-        + (" The backbones come from its processing/backbones.py." if sample == PACKAGE_SAMPLE else "")
+        "    # torchaudio too, for audio that is not at 16 kHz\n```"
     )
+    without = (
+        " With the package sense-asr installed, `import modeling_sense, processing` takes the place of "
+        "`trust_remote_code=True`."
+    )
+    if sample == PACKAGE_SAMPLE:
+        install = "With the package sense-asr, which brings the backbones (`pip install .` in its sources):"
+        without = ""
+    code = f"{sample.format(repo_id=repo_id)}{ASK.format(tasks=json.dumps(list(processor.prompts)))}"
+    return f"{install}\n\n```python\n{code}```\n\nClips are paths, bytes or arrays.{without}"
 
 
 def _needs_of_weights(model, adapter_only: bool) -> list[str]:
@@ -342,7 +370,8 @@ def _training(stages: list[dict | None], trained_on: Sequence[str], run) -> str:
     parts = [f"Data: {', '.join(trained_on) if trained_on else 'not recorded'}."]
     for number, stage in enumerate(stages, 1):
         title = f"### Stage {number}\n\n" if len(stages) > 1 else ""
-        parts.append(title + ("How it was trained was not recorded." if stage is None else _stage(stage)))
+        told = "How it was trained was not recorded." if stage is None else _stage(stage, first=number == 1)
+        parts.append(title + told)
     state = _read_json(Path(run) / TRAINER_STATE) if run else None
     if state and stages[-1] is None:
         parts.append(f"The last run took {state['global_step']} steps, {state['epoch']:.2f} epochs.")
@@ -350,7 +379,9 @@ def _training(stages: list[dict | None], trained_on: Sequence[str], run) -> str:
     held_out = {name: value for name, value in (found or {}).items() if _is_headline(name)}
     if held_out:
         table = markdown_table(["validation, greedy", "%"], [[k, f"{v:.1f}"] for k, v in _named(held_out).items()])
-        parts.append(f"At the end of training, on the split that it was validated on:\n\n{table}")
+        clips = (found or {}).get("scored_clips")
+        of = f"{clips:,} clips of the split" if clips else "the split"
+        parts.append(f"At the end of training, on {of} that it was validated on:\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -362,22 +393,30 @@ def _named(metrics: dict) -> dict[str, float]:
     return {_metric_name(name.removeprefix("eval_")): value for name, value in metrics.items()}
 
 
-def _stage(stage: dict) -> str:
+def _stage(stage: dict, first: bool) -> str:
     clips = "a stream" if stage["clips"] is None else f"{stage['clips']:,} clips"
     hours = "" if stage["hours"] is None else f", {stage['hours']:.2f} h"
     trained = ", ".join(f"{part} {size:,}" for part, size in stage["trained_parameters"].items() if size)
+    recipe, of = stage["recipe"], ""
+    if "processes" in stage:
+        rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * stage["processes"]
+        of = f" of {rows:,} rows"
     lead = (
-        f"{stage['dataset']}: {clips}{hours}; {stage['steps']:,} steps, {stage['epochs']:.2f} "
+        f"{stage['dataset']}: {clips}{hours}; {stage['steps']:,} steps{of}, {stage['epochs']:.2f} "
         f"epochs; trained parameters: {trained}; torch {stage['versions']['torch']}, "
         f"transformers {stage['versions']['transformers']}."
     )
-    rows = [[name, json.dumps(value)] for name, value in _in_force(stage["recipe"]).items()]
-    return f"{lead}\n\n{markdown_table(['setting', 'value'], rows)}"
+    table = markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in _in_force(recipe, first).items()])
+    return f"{lead}\n\n{table}"
 
 
-def _in_force(recipe: dict) -> dict:
-    """The settings that made a difference."""
+def _in_force(recipe: dict, first: bool) -> dict:
+    """The settings that made a difference; only the first stage has a warm start."""
     unused = {name for name, value in recipe.items() if value is None}
+    if not (first and recipe.get("warm_start")):
+        unused.add("warm_start_clips")
+    if not first:
+        unused.add("warm_start")
     if not recipe.get("lora_r"):
         unused |= {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
     if not recipe.get("classifier"):

@@ -113,6 +113,7 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
     phrases as `plain` leaves them, `ner_f1_normalized` on phrases after Whisper's English normaliser ("two" is "2");
     `ner_malformed_rate` is the share of answers with a tag that could not be read. `ner_wer` is the WER of their
     words, possessives split on both sides as a tag may split them, `ner_wer_normalized` after Whisper's normaliser.
+    `ner_per_tag` is the metric's own, in shares of 1 and counts.
     """
     labelled = [(row, answer) for row, answer in zip(rows, answers) if row["entities"] is not None]
     metrics: dict = {}

@@ -92,7 +92,8 @@ class TranscriptTask(Task):
         return row["text"]
 
     def parse(self, answer: str) -> Answer:
-        return Answer(text=answer.strip())
+        """The words; a model that also learnt to tag entities puts tags in transcripts at times, which nobody said."""
+        return Answer(text=" ".join(KNOWN_TAG.sub(" ", answer).split()))
 
 
 class EntityTask(Task):
@@ -223,6 +224,7 @@ def write_tags(text: str, entities: Iterable[Entity]) -> str:
 
 # Possessive quantifiers (++, *+) never step back: else a long run of spaces would take minutes.
 TAG = re.compile(r"<\s*+(/?+)\s*+([A-Za-z_]++)\s*+>")
+KNOWN_TAG = re.compile(rf"<\s*+/?+\s*+(?:{'|'.join(sorted(ALL_TAGS))})\s*+>", flags=re.IGNORECASE)
 BROKEN_OFF = re.compile(r"<\s*+/?+\s*+([A-Z_]++)\s*+$")  # an answer may end within a tag
 IN_TEXT = re.compile(r"((?:<[\s/]*+)++)([A-Za-z_]++\s*+>|[A-Z_]++\s*+$)?+")  # brackets, and what makes them either
 

@@ -7,10 +7,11 @@ they have in common, `first`, the fields of that stage. It is trained once for e
 if it is there, draws cells along a quantity: `xlabel`, and `lines`, which map a name to the cell at each x.
 
     python scripts/ablation.py recipes/ablation.yaml --dataset_dir DIR --minutes 15 [--cells adapter "+ LoRA"]
-    python scripts/ablation.py recipes/noise.yaml --dataset_dir data/noise --minutes 6 --split test
-    python scripts/ablation.py recipes/limits.yaml --dataset_dir DIR
+    python scripts/ablation.py recipes/noise.yaml --dataset_dir data/noise --minutes 6 --split test --output_dir OUT
+    python scripts/ablation.py recipes/limits.yaml --dataset_dir DIR --num_processes 2 --output_dir OUT
 
-A cell that was finished is not run again, one that was interrupted goes on from its last checkpoint. After each cell,
+Each recipe has an output folder OUT of its own. A cell that was finished is not run again, one that was interrupted
+goes on from its last checkpoint; another --split scores it anew. After each cell,
 OUT/ablation.md, OUT/ablation.csv and OUT/ablation.png hold the cells asked for so far, OUT/curves.png the curves.
 """
 
@@ -28,12 +29,20 @@ import yaml
 
 # Of a training, beside the scores. How far the two losses are apart is what the model hears.
 TRAINED = {"trained_parameters": "trained", "steps": "steps", "true_loss": "loss", "shuffled_loss": "clips shuffled"}
+SAME = ("config_name", "audio_column", "text_column", "on_bad_row")  # scored as it was trained
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from processing.recipe import SenseArguments  # noqa: E402
-from processing.report import comparison, markdown_table, plot_comparison, plot_curves, save_png, write_text  # noqa: E402
-from processing.scoring import HEADLINES  # noqa: E402
+from processing.report import (  # noqa: E402
+    comparison,
+    headlines_of,
+    markdown_table,
+    plot_comparison,
+    plot_curves,
+    save_png,
+    write_text,
+)
 
 
 def read_recipe(path: Path, chosen: list[str] | None) -> dict:
@@ -42,7 +51,8 @@ def read_recipe(path: Path, chosen: list[str] | None) -> dict:
     name those that make each one; `curves` (none: no such picture).
 
     Raises:
-        ValueError: the recipe is missing or has other parts, or a chosen cell or one of a curve is not in it.
+        ValueError: the recipe is missing or has other parts, a chosen cell or one of a curve is not in it, or two
+            cells would have the same folder.
     """
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
@@ -58,7 +68,20 @@ def read_recipe(path: Path, chosen: list[str] | None) -> dict:
     for name in [*(chosen or []), *drawn]:
         if name not in cells:
             raise ValueError(f"{path}: there is no cell {name!r}; there are {', '.join(cells)}")
+    folders: dict[str, str] = {}
+    for name in cells:
+        folder = folder_of(name)
+        if not folder or folder in folders:
+            raise ValueError(
+                f"{path}: the cell {name!r} would be in the folder {folder!r}, as {folders.get(folder)!r}: give it a "
+                "name with other letters or digits"
+            )
+        folders[folder] = name
     return recipe | {"cells": {name: cells[name] for name in chosen or cells}}
+
+
+def folder_of(cell) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", str(cell).lower()).strip("_")
 
 
 def train(folder: Path, fields: dict, args: argparse.Namespace):
@@ -69,7 +92,10 @@ def train(folder: Path, fields: dict, args: argparse.Namespace):
         ValueError: the folder holds a training of other settings.
     """
     fields = fields | {"dataset_dir": args.dataset_dir, "output_dir": str(folder)}
-    recipe, made = folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False)
+    recipe = folder / "recipe.yaml"
+    made = f"# {args.num_processes} processes\n" + yaml.safe_dump(
+        fields, sort_keys=False
+    )  # each with batches of its own
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != made:
         raise ValueError(f"{folder} was made with other settings (see its recipe.yaml): choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,14 +105,14 @@ def train(folder: Path, fields: dict, args: argparse.Namespace):
 
 
 def evaluate(folder: Path, fields: dict, args: argparse.Namespace):
-    """Scores what was trained in `folder`, unless that was done."""
-    if not (folder / "scored" / "metrics.json").is_file():
-        asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": folder / "scored"}
-        columns = {name: fields[name] for name in ("audio_column", "text_column") if name in fields}
-        asked |= {**columns, "show": 0}
+    """Scores what was trained in `folder` on the split, unless that was done."""
+    scored = folder / f"scored_{args.split}"
+    if not (scored / "metrics.json").is_file():
+        asked = {"model": folder, "dataset": args.dataset_dir, "split": args.split, "output_dir": scored, "show": 0}
+        asked |= {name: fields[name] for name in SAME if fields.get(name) is not None}
         options = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
         options += ["--lowercase"] if fields.get("lowercase") else []
-        launch(args, "eval_sense.py", *options, "--tasks", *fields["tasks"])
+        launch(args, "eval_sense.py", *options, "--tasks", *fields.get("tasks", {"asr": 1}))
 
 
 def launch(args: argparse.Namespace, script: str, *options: str):
@@ -95,9 +121,9 @@ def launch(args: argparse.Namespace, script: str, *options: str):
     subprocess.run([*start, str(ROOT / script), *options], check=True)
 
 
-def collect(folder: Path) -> dict:
+def collect(folder: Path, split: str) -> dict:
     """A finished cell's scores, its steps, its losses and the number of parameters that it trained."""
-    scores = json.loads((folder / "scored" / "metrics.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / f"scored_{split}" / "metrics.json").read_text(encoding="utf-8"))
     if "wer" not in scores:  # no transcript was asked for: the words of the entity answers
         scores |= {name.removeprefix("ner_"): value for name, value in scores.items() if name.startswith("ner_wer")}
     trained = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -115,13 +141,13 @@ def write_comparison(folder: Path, cells: dict[str, dict], curves: dict):
         for (name, values), row in zip(known.items(), rows)
     ]
     write_text(folder / "ablation.md", markdown_table(["", *TRAINED.values(), *headers[1:]], table) + "\n")
-    columns = [key for key in HEADLINES if all(key in found for found in cells.values())]
+    columns = headlines_of(cells)
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     bounds = [name for key in columns for name in (key, f"{key}_low", f"{key}_high")]
     writer.writerow(["cell", *TRAINED, *bounds])
     for name, found in cells.items():
-        values = [value for key in columns for value in (found[key], *found[f"{key}_interval"])]
+        values = [part for key in columns for part in (found.get(key), *found.get(f"{key}_interval", (None, None)))]
         writer.writerow([name, *known[name], *values])
     write_text(folder / "ablation.csv", lines.getvalue())
     save_png(plot_comparison(cells), folder / "ablation.png")
@@ -154,10 +180,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             before = args.output_dir / f"first_{tokens}_audio_tokens"
             train(before, {**shared, **first, "num_audio_tokens": tokens}, args)
             fields["init_from"] = str(before)
-        folder = args.output_dir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        folder = args.output_dir / folder_of(name)
         train(folder, fields, args)
         evaluate(folder, fields, args)
-        found[name] = collect(folder)
+        found[name] = collect(folder, args.split)
         write_comparison(args.output_dir, found, recipe["curves"])
         print((args.output_dir / "ablation.md").read_text(encoding="utf-8"), flush=True)
     return found

@@ -71,8 +71,10 @@ def test_cells_are_compared_and_not_run_twice(recipe, tmp_path, monkeypatch):
     assert ablation.main([*asked, "--cells", "adapter", "+ LoRA"]) == found and not launched
     with pytest.raises(ValueError, match="was made with other settings"):
         ablation.main([*asked[:4], "2", *asked[5:], "--cells", "adapter"])
+    with pytest.raises(ValueError, match="was made with other settings"):  # its batches would be of other rows
+        ablation.main([*asked, "--num_processes", "2", "--cells", "adapter"])
     # A cell that was trained and not scored is scored alone.
-    (out / "adapter" / "scored" / "metrics.json").unlink()
+    (out / "adapter" / "scored_dev" / "metrics.json").unlink()
     assert ablation.main([*asked, "--cells", "adapter"])["adapter"]["wer"] == found["adapter"]["wer"]
     assert launched == ["eval_sense.py"]
 
@@ -90,23 +92,35 @@ def test_cells_are_scored_on_the_columns_that_they_learnt(tmp_path, monkeypatch)
     asked = []
     monkeypatch.setattr(ablation, "launch", lambda args, script, *options: asked.extend(options))
     args = SimpleNamespace(dataset_dir="DIR", split="dev")
-    ablation.evaluate(tmp_path, {"tasks": {"asr": 1}, "audio_column": "sound", "lowercase": True}, args)
+    fields = {"audio_column": "sound", "lowercase": True, "config_name": "voxpopuli", "on_bad_row": "skip"}
+    ablation.evaluate(tmp_path, fields, args)  # of no task: the recipe's default
     assert "--lowercase" in asked and asked[asked.index("--audio_column") + 1] == "sound"
+    assert asked[asked.index("--config_name") + 1] == "voxpopuli" and asked[asked.index("--on_bad_row") + 1] == "skip"
     assert "--text_column" not in asked and asked[-2:] == ["--tasks", "asr"]
 
 
+def test_another_split_is_scored_anew(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "launch", lambda args, script, *options: asked.append(options))
+    (tmp_path / "scored_dev").mkdir()
+    (tmp_path / "scored_dev" / "metrics.json").touch()
+    for split in ("dev", "test"):
+        ablation.evaluate(tmp_path, {}, SimpleNamespace(dataset_dir="DIR", split=split))
+    assert [options[options.index("--split") + 1] for options in asked] == ["test"]
+
+
 def test_words_of_entity_answers_stand_for_the_transcript(tmp_path):
-    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored_dev").mkdir()
     scores = {"ner_wer": 50.0, "ner_wer_interval": [40.0, 60.0], "ner_f1": 10.0}
-    (tmp_path / "scored" / "metrics.json").write_text(json.dumps(scores))
+    (tmp_path / "scored_dev" / "metrics.json").write_text(json.dumps(scores))
     trained = {"trained_parameters": 7, "eval_true_loss": 1.5, "eval_shuffled_loss": 4.5}
     (tmp_path / "metrics.json").write_text(json.dumps(trained))
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
     training = {"trained_parameters": 7, "steps": 3, "true_loss": 1.5, "shuffled_loss": 4.5}
-    assert ablation.collect(tmp_path) == scores | {"wer": 50.0, "wer_interval": [40.0, 60.0]} | training
+    assert ablation.collect(tmp_path, "dev") == scores | {"wer": 50.0, "wer_interval": [40.0, 60.0]} | training
     asked = scores | {"wer": 60.0, "wer_interval": [50.0, 70.0]}
-    (tmp_path / "scored" / "metrics.json").write_text(json.dumps(asked))
-    assert ablation.collect(tmp_path) == asked | training
+    (tmp_path / "scored_dev" / "metrics.json").write_text(json.dumps(asked))
+    assert ablation.collect(tmp_path, "dev") == asked | training
 
 
 def test_without_minutes_the_steps_are_the_recipes(recipe, tmp_path, monkeypatch):
@@ -131,6 +145,10 @@ def test_bad_recipes_and_cells_are_named(recipe, tmp_path):
     (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves: {lines: {}}")
     with pytest.raises(ValueError, match="`curves` must hold `xlabel` and `lines`, found lines"):
         ablation.read_recipe(tmp_path / "bad.yaml", None)
+    for cells in ("{+ LoRA: , LoRA: }", "{'+': }"):
+        (tmp_path / "bad.yaml").write_text(f"shared: {{}}\ncells: {cells}")
+        with pytest.raises(ValueError, match="would be in the folder"):
+            ablation.read_recipe(tmp_path / "bad.yaml", None)
     (tmp_path / "bad.yaml").write_text("shared: {}\ncells: {a: }\ncurves:")
     assert ablation.read_recipe(tmp_path / "bad.yaml", None)["curves"] == {}
 

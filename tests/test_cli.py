@@ -289,12 +289,16 @@ def test_export(saved, clips, tmp_path):
         "en",
         "--language",
         "de",
+        "--notes",
+        tmp_path / "about.md",
     ]
+    (tmp_path / "about.md").write_text("Made for a test.")
     found = sense("export", saved, tmp_path / "out", *told)
     assert found.exit_code == 0, found.stderr
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.datasets, data.language) == (["org/a", "org/b"], ["de", "en"])
-    assert re.search("^license: apache-2.0$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search("^license: apache-2.0$", card, re.MULTILINE) and "Made for a test." in card
     assert sense("transcribe", "--model", tmp_path / "out", clips[0]).exit_code == 0
     again = sense("export", saved, tmp_path / "out")
     assert again.exit_code == 1 and "exists" in again.stderr

@@ -120,7 +120,8 @@ def test_a_checkpoint_has_the_history_of_its_run_and_its_own_steps(whole, tmp_pa
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 50, "epoch": 0.5}))
     assert "1.50 h; 50 steps, 0.50 epochs;" in card_of(whole, tmp_path, run=checkpoint).text
     recipe = {name: None for name in RECIPE} | {"dataset_dir": str(tmp_path), "init_from": str(checkpoint)}
-    recipe["streaming"] = False
+    recipe |= {"streaming": False, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    recipe["max_steps"] = 7
     state = SimpleNamespace(global_step=7, epoch=1.0)
     record_training(tmp_path, recipe, {"duration": [1.0], "language": ["en"]}, state, {"adapter": 3})
     stages = json.loads((tmp_path / "training.json").read_text())
@@ -129,6 +130,18 @@ def test_a_checkpoint_has_the_history_of_its_run_and_its_own_steps(whole, tmp_pa
         ("my-speech", 50),
         (tmp_path.name, 7),
     ]
+    assert "7 steps of 12 rows, 1.00 epochs" in card_of(whole, tmp_path, run=tmp_path).text
+
+
+def test_weights_from_packages_are_said_to_be(whole, tmp_path, monkeypatch):
+    """Nobody can load such an adapter with transformers alone, nor with the Hub's weights."""
+    named = {"audio": {"id": "whisper-base@packages"}, "text": {"id": "SmolLM2-135M-Instruct@packages"}}
+    monkeypatch.setattr(whole["model"].config, "backbones", named)
+    card = card_of(whole, tmp_path, adapter_only=True, notes="It heard *dev-clean*.\n")
+    for told in ("SmolLM2-135M-Instruct@packages is the Q4_1", 'load_checkpoint("tester/sense")', "are refused"):
+        assert told in card.text, told
+    assert "trust_remote_code" not in card.text and "pip install 'transformers" not in card.text
+    assert card.text.index("It heard *dev-clean*.") < card.text.index("## Use")
 
 
 @pytest.mark.parametrize("how, needs", [("int8", "torchao"), ("int4", "bitsandbytes accelerate")])

@@ -83,6 +83,8 @@ def test_exports_that_are_refused(whole, tiny_whisper, tiny_llama, tmp_path):
         export_model(whole["folder"], tmp_path / "there")
     with pytest.raises(ValueError, match="no such file"):
         export_model(whole["folder"], tmp_path / "out", metrics=[tmp_path / "none.json"])
+    with pytest.raises(ValueError, match="none.md: no such file"):
+        export_model(whole["folder"], tmp_path / "out", notes=tmp_path / "none.md")
     model, processor = compose((tiny_whisper, tiny_llama))
     model.save_pretrained(tmp_path / "local"), processor.save_pretrained(tmp_path / "local")
     with pytest.raises(ValueError, match="which others do not have"):

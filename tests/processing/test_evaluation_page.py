@@ -238,12 +238,18 @@ def test_what_was_evaluated():
         "config_name": None,
         "split": "test",
         "max_samples": 3,
+        "audio_column": "audio",
         "text_column": "text",
+        "lowercase": True,
         "constrained": False,
     }
     config = SimpleNamespace(backbones={"audio": {"id": "whisper-x"}, "text": {"id": "llama-y"}})
     model = SimpleNamespace(
-        config=config, num_parameters=lambda: 1234, dtype=torch.bfloat16, device=torch.device("cpu")
+        config=config,
+        num_parameters=lambda: 1234,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        quantization="int4",
     )
     about = describe_run(SimpleNamespace(**args, num_beams=5, batch_size=8), model, 2, 0.25)
     assert about["backbones"] == "whisper-x, llama-y" and about["parameters"] == "1,234"
@@ -253,6 +259,7 @@ def test_what_was_evaluated():
     kept = describe_run(SimpleNamespace(**args | {"constrained": True}, num_beams=5, batch_size=8), model, 2, 0.25)
     assert kept["decoding"] == "5 beams, constrained"
     assert about["decoding"] == "5 beams" and about["split"] == "test, its first 3 rows at most"
+    assert about["language model held in"] == "int4" and about["text column"] == "text, in lower case"
     assert about["number format"] == "bfloat16" and "configuration" not in about
     assert f"torch {torch.__version__.partition('+')[0]}" in about["versions"] and "2 processes" in about["machine"]
 

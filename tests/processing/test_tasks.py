@@ -62,6 +62,16 @@ def test_target_of_each_task():
 
 
 @given(tagged_texts())
+def test_a_transcript_has_no_tags(tagged):
+    """Of a model that learnt to tag too: it writes tags at times where it was asked for the words alone."""
+    text, entities = tagged
+    assert TASKS["asr"].parse(write_tags(text, entities)) == Answer(text=text)
+    assert TASKS["asr"].parse("a < place >b</PLACE> <unk> c") == Answer(
+        text="a b <unk> c"
+    )  # what the data may hold stays
+
+
+@given(tagged_texts())
 def test_what_is_written_is_read_back(tagged):
     text, entities = tagged
     answer = read_tags(write_tags(text, entities))
