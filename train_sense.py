@@ -47,6 +47,7 @@ from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
 from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks
+from processing.text_as_speech import TextCollator, measure_speech, read_words
 from processing.warm_start import warm_start
 
 
@@ -107,7 +108,9 @@ class SenseTrainer(Trainer):
         self.model.backbone_fingerprint()  # while each process holds all weights; known from now on
         self.scored_rows = scored_rows
         self.eval_collator = eval_collator
-        self.adapter_learning_rate = adapter_learning_rate or self.args.learning_rate
+        self.adapter_learning_rate = (
+            self.args.learning_rate if adapter_learning_rate is None else adapter_learning_rate
+        )
         self.max_minutes = max_minutes
         self.writing: Path | None = None  # where a checkpoint is being written
         self.add_callback(LossSinceLog())
@@ -540,6 +543,17 @@ def start_adapter(args: SenseArguments, model, processor, train):
         parameter.data = broadcast(parameter.data)  # to the last bit
 
 
+def make_collator(args: SenseArguments, model, processor, tasks, train, cache, words: list[str] | None):
+    """Of the training rows; of passages of a text, where there are `words`."""
+    how = {"time_mask": args.time_mask, "time_stretch": args.time_stretch, "answer_noise": args.answer_noise}
+    if words:
+        speaker = measure_speech(model, processor, train, resolve_backbone(args.audio_backbone))
+        if PartialState().is_main_process:
+            print(f"text as speech: {len(words):,} words; r2 {speaker.r2:.2f}, carry {speaker.carry:.2f}", flush=True)
+        return TextCollator(processor, tasks, cache, speaker=speaker, words=words, **how)
+    return SenseCollator(processor, tasks, cache, classifier=model.config.classifier, **how)
+
+
 def find_checkpoint(training: TrainingArguments) -> str | None:
     """The checkpoint to go on from: the one that is named, or the last whole one in the output folder."""
     if training.resume_from_checkpoint is None:
@@ -596,6 +610,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not args.streaming:
         bad_rows.settle()
     train = training_labels(args, train, training.seed)
+    words = read_words(args.text_as_speech, train["text"]) if args.text_as_speech else None
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     if args.cache_only:
         return {}
@@ -607,6 +622,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if checkpoint is None:
         start_adapter(args, model, processor, train)
+    collator = make_collator(args, model, processor, tasks, train, train_cache, words)
     encoder = model.detach_encoder() if train_cache else None  # no memory for it on the GPU, from here on
     questions = (
         open_stream(args, training, tasks, checkpoint, bad_rows)
@@ -619,15 +635,7 @@ def main(argv: list[str] | None = None) -> dict:
         args=training,
         train_dataset=questions,
         eval_dataset={name: ask_once(rows, tasks) for name, rows in held_out.items()},
-        data_collator=SenseCollator(
-            processor,
-            tasks,
-            train_cache,
-            time_mask=args.time_mask,
-            time_stretch=args.time_stretch,
-            answer_noise=args.answer_noise,
-            classifier=model.config.classifier,
-        ),
+        data_collator=collator,
         eval_collator=SenseCollator(processor, tasks, dev_cache),
         processing_class=processor,
         scored_rows=spread(dev, args.scored_samples),

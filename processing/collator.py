@@ -76,14 +76,16 @@ class SenseCollator:
         return pad(clips), [len(clip) for clip in clips]
 
     def _augment(self, row: dict) -> torch.Tensor:
-        """One of the clip's speeds, stretched, partly hidden, as the row's seed draws: nothing else decides it."""
-        if self.cache.variants == 1 and not self.time_mask and not self.time_stretch:
-            return self.cache.get(row["cache_index"])
-        draws = random.Random(row["seed"])
-        clip = self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
+        """The clip, stretched, partly hidden, as the row's seed draws: nothing else decides it."""
+        draws = random.Random(row.get("seed"))  # rows of an evaluation have none, and nothing is drawn for them
+        clip = self._clip(row, draws)
         if self.time_stretch:
             clip = stretch_time(clip, self.time_stretch, draws, self.processor.num_audio_tokens)
         return mask_time(clip, self.time_mask, draws) if self.time_mask else clip
+
+    def _clip(self, row: dict, draws: random.Random) -> torch.Tensor:
+        """One of its speeds."""
+        return self.cache.get(row["cache_index"], draws.randrange(self.cache.variants))
 
     def _tokens(self, prompts: list[str], answers: list, rows: list[dict]) -> dict:
         tokenizer = self.processor.tokenizer

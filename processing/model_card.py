@@ -44,6 +44,7 @@ RECIPE = (  # what a card tells of a run's settings
     "classifier_alpha",
     "warm_start",
     "warm_start_clips",
+    "text_as_speech",
     "speeds",
     "time_mask",
     "time_stretch",
@@ -112,6 +113,7 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
     """
     durations = [None] if recipe["streaming"] else rows["duration"]
     name, on_hub = dataset_name(recipe["dataset_dir"])
+    text = recipe["text_as_speech"]
     stage = {
         "dataset": name,
         "on_hub": on_hub,
@@ -122,7 +124,7 @@ def record_training(folder: Path, recipe: dict, rows, state, sizes: dict[str, in
         "steps": state.global_step,
         "epochs": state.epoch,
         "processes": PartialState().num_processes,
-        "recipe": {name: _plain(recipe[name]) for name in RECIPE},
+        "recipe": {name: _plain(recipe[name]) for name in RECIPE} | {"text_as_speech": text and Path(text).name},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     earlier = []

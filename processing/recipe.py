@@ -129,6 +129,9 @@ class SenseArguments:
     warm_start_gain: float = field(default=1.5, metadata={"help": "factor on the regression's output"})
     warm_start_ridge: float = field(default=1e-3, metadata={"help": "ridge penalty, per row"})
     warm_start_clips: int | None = field(default=None, metadata={"help": "clips to use; default: all"})
+    text_as_speech: str | None = field(
+        default=None, metadata={"help": "a text to learn from in the clips' place, said as the warm start hears words"}
+    )
 
     def __post_init__(self):
         if not self.dataset_dir:
@@ -180,6 +183,8 @@ class SenseArguments:
             raise ValueError(f"classifier: give ner or sa, found {self.classifier!r}")
         if self.streaming:
             self._check_stream()
+        if self.text_as_speech is not None:
+            self._check_text()
 
     def dtype(self, device: str) -> torch.dtype:
         """Of the frozen weights on a device, such as "cpu". CPUs without bfloat16 are 20 times slower in it."""
@@ -187,6 +192,15 @@ class SenseArguments:
             return getattr(torch, self.backbone_dtype)
         emulated = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.float32 if emulated else torch.bfloat16
+
+    def _check_text(self):
+        """A text has no labels, and is said as the warm start hears."""
+        if set(self.tasks) != {"asr"} or self.classifier is not None:
+            raise ValueError("text_as_speech has words alone: train the task asr, without a classifier")
+        if self.init_from or not self.warm_start:
+            raise ValueError("text_as_speech begins from the warm start: leave it on, and init_from out")
+        if self.encoder_cache is None:
+            raise ValueError("text_as_speech takes the lengths of cached clips: set encoder_cache to a folder")
 
     def _check_stream(self):
         """Of a stream nobody has all rows."""

@@ -106,6 +106,27 @@ def test_trains_saves_and_is_scored(recipe, corpus, tmp_path, audio_tokens):
     assert (tmp_path / "both.png").stat().st_size > (out / "training.png").stat().st_size
 
 
+def test_a_text_takes_the_place_of_the_clips(recipe, tmp_path):
+    """The same measures, other words; an adapter at rest; and a run that goes on ends with the same bits."""
+    how = {"lora_r": 2, "adapter_learning_rate": 0, "encoder_cache": str(tmp_path / "cache"), "eval_strategy": "no"}
+    found = {}
+    for name, text in (("one", "the user speaks " * 30), ("two", "and transcribe, Transcribe AND " * 30)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        out = tmp_path / name
+        made = recipe(output_dir=str(out), text_as_speech=str(tmp_path / f"{name}.txt"), **how)
+        train_sense.main([made])
+        found[name] = load_file(out / "model.safetensors")
+    same = {key: torch.equal(found["one"][key], found["two"][key]) for key in found["one"]}
+    assert all(same[key] for key in same if "multi_modal_projector" in key)
+    assert not any(same[key] for key in same if ".lora_B" in key)
+    assert '| text_as_speech | "two.txt" |' in (out / "README.md").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
+    train_sense.main([made, "--output_dir", str(again)])
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 def test_regularised_training_is_scored_on_data_as_it_is(recipe, corpus, tmp_path):
     """Stretched clips, noise in the answers and LoRA on other modules, in training alone."""
     settings = {"time_stretch": 0.3, "answer_noise": 0.5, "lora_r": 2, "lora_target_modules": r".*\.down_proj"}
@@ -277,6 +298,9 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ("dataset_dir: x\ntasks: {ner: 1}", "task 'ner' has no prompt"),
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
+        ("dataset_dir: x\ntext_as_speech: book.txt", "set encoder_cache to a folder"),
+        ("dataset_dir: x\ntext_as_speech: book.txt\nclassifier: sa", "train the task asr, without a classifier"),
+        ("dataset_dir: x\ntext_as_speech: book.txt\nwarm_start: false", "begins from the warm start: leave it on"),
         ("dataset_dir: x\nquantize: int3", "quantize: give int8 or int4, found 'int3'"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
         (
