@@ -37,6 +37,7 @@ setup(
         "modeling_sense": ["py.typed"],
         "processing": ["py.typed", "templates/*"],
         "processing.metrics": ["*/README.md", "*/requirements.txt"],
+        "recipes.sense_mini": ["about.md"],
         "checkpoints": ["sense-mini/*"],
         "": ["*.yaml", "*.json"],
     },

@@ -201,6 +201,8 @@ class SenseArguments:
             raise ValueError("text_as_speech begins from the warm start: leave it on, and init_from out")
         if self.encoder_cache is None:
             raise ValueError("text_as_speech takes the lengths of cached clips: set encoder_cache to a folder")
+        if self.audio_tokens == "fixed":
+            raise ValueError("text_as_speech knows no silence after a clip: leave it or audio_tokens: fixed out")
 
     def _check_stream(self):
         """Of a stream nobody has all rows."""

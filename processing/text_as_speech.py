@@ -1,6 +1,5 @@
 """
-Text in the place of speech: the language model learns to read what the adapter would make of it, in any amount, before
-it hears clips.
+Text in the place of speech: the language model learns to read what the adapter would make of it, before any clip.
 
 What the adapter gets while a token is said is predicted from that token's embedding and its neighbours', by a ridge
 regression on clips whose words have been timed: the warm start's, the other way round. About its prediction speech is
@@ -69,9 +68,14 @@ class TextAsSpeech:
         tokenizer: of the language model.
         num_audio_tokens: in 30 s.
         heard: of each clip what `speech_and_tokens` gives: `(num_tokens, d_model)` and `(num_tokens,)`.
+
+    Raises:
+        ValueError: fewer than two clips.
     """
 
     def __init__(self, embeddings: torch.Tensor, tokenizer, num_audio_tokens: int, heard: list[tuple]):
+        if len(heard) < 2:
+            raise ValueError(f"text_as_speech measures speech on two clips with words at least, found {len(heard)}")
         self.tokenizer, self.frames_per_token = tokenizer, 1500 / num_audio_tokens
         self.embeddings = embeddings.detach().float().cpu()
         self.centre = self.embeddings.mean(0)

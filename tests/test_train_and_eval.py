@@ -299,6 +299,10 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ("dataset_dir: x\ntasks: {asr: -1}", "tasks: the weight of asr is -1; give a number above 0"),
         ("dataset_dir: x\ntasks: asr", "not JSON"),
         ("dataset_dir: x\ntext_as_speech: book.txt", "set encoder_cache to a folder"),
+        (
+            "dataset_dir: x\ntext_as_speech: book.txt\nencoder_cache: x\naudio_tokens: fixed",
+            "knows no silence after a clip",
+        ),
         ("dataset_dir: x\ntext_as_speech: book.txt\nclassifier: sa", "train the task asr, without a classifier"),
         ("dataset_dir: x\ntext_as_speech: book.txt\nwarm_start: false", "begins from the warm start: leave it on"),
         ("dataset_dir: x\nquantize: int3", "quantize: give int8 or int4, found 'int3'"),

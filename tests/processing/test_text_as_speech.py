@@ -56,8 +56,13 @@ def test_what_is_said_is_drawn_by_its_words_and_its_seed(tokenizer):
 
 
 def test_more_words_than_audio_tokens_are_said_all_the_same(tokenizer):
-    speaker = make_speaker(tokenizer, clips=4)
+    speaker = make_speaker(tokenizer, clips=2)
     assert speaker.say("one two three four five", 2, random.Random(0)).isfinite().all()
+
+
+def test_one_clip_is_too_few(tokenizer):
+    with pytest.raises(ValueError, match="on two clips with words at least, found 1"):
+        make_speaker(tokenizer, clips=1)
 
 
 @pytest.mark.parametrize(
