@@ -92,10 +92,8 @@ def train(folder: Path, fields: dict, args: argparse.Namespace):
         ValueError: the folder holds a training of other settings.
     """
     fields = fields | {"dataset_dir": args.dataset_dir, "output_dir": str(folder)}
-    recipe = folder / "recipe.yaml"
-    made = f"# {args.num_processes} processes\n" + yaml.safe_dump(
-        fields, sort_keys=False
-    )  # each with batches of its own
+    recipe, made = folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False)
+    made = f"# {args.num_processes} processes\n{made}"  # each with batches of its own
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != made:
         raise ValueError(f"{folder} was made with other settings (see its recipe.yaml): choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
