@@ -58,14 +58,17 @@ reproduce: $(VENV)/installed
 	    --notes recipes/sense_mini/about.md --metrics $(MINI)/dev/metrics.json --metrics $(MINI)/test/metrics.json
 
 # A process of one thread on each core: the models of the tests are too small to share one out.
+EACH := --numprocesses logical --dist loadfile --no-loadscope-reorder
+# The longest first: else one of them ends alone.
+TESTS := tests/real tests/test_train_and_eval.py tests
 test: lint backbones browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --cov --cov-report term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(EACH) --cov --cov-report term:skip-covered $(TESTS)
 
 test-lowest: $(VENV)/installed browser
 	$(BIN)/uv venv --clear $(VENV)/lowest
 	$(BIN)/uv pip install --python $(VENV)/lowest --resolution lowest-direct --editable '.[dev]'
 	$(VENV)/lowest/bin/python -m processing.backbones whisper-tiny.en SmolLM2-135M-Instruct en_core_web_sm
-	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest --numprocesses logical --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(EACH) $(TESTS)
 
 audit: $(VENV)/installed
 	$(BIN)/pip-audit --local --strict --skip-editable

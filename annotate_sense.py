@@ -38,7 +38,7 @@ from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
 from processing.backbones import resolve_backbone
-from processing.bad_rows import ON_BAD_ROW, BadRows
+from processing.bad_rows import BAD_ROWS, ON_BAD_ROW, BadRows
 from processing.datasets import first_rows, load_corpus
 from processing.report import print_table
 
@@ -77,8 +77,10 @@ def load_rows(args, split: str, bad_rows: BadRows):
         args.input,
         split,
         config_name=args.config_name,
+        audio_column=args.audio_column,
         text_column=args.text_column,
-        entity_tags=args.entity_tags,
+        # A dataset that gets sentiment keeps the entities that it has.
+        entity_tags=args.entity_tags if args.task == "ner" else "any",
         lowercase=args.lowercase,
         bad_rows=bad_rows,
     )
@@ -118,6 +120,7 @@ def choose_examples(args, task, annotator, bad_rows: BadRows) -> list[tuple[str,
         args.examples,
         args.examples_split,
         config_name=args.examples_config_name,
+        audio_column=args.examples_audio_column or args.audio_column,
         text_column=args.examples_text_column or args.text_column,
         entity_tags=args.entity_tags,
         lowercase=args.lowercase,
@@ -170,9 +173,9 @@ async def ask(run: Run, items: list) -> str | None:
 
 def check_output(folder: Path, splits: list[str]):
     """Raises ValueError for a folder of something else, or of other splits, too: its lists are of all of them."""
+    if not (folder / "answers.jsonl").is_file() and {path.name for path in folder.iterdir()} - {".lock", BAD_ROWS}:
+        raise ValueError(f"{folder} holds something else: choose another --output")
     found = {path.parent.name for path in folder.glob("*/metadata.jsonl")}
-    if found and not (folder / "answers.jsonl").is_file():
-        raise ValueError(f"{folder} holds another dataset: choose another --output")
     if others := sorted(found - set(splits)):
         raise ValueError(
             f"{folder} holds {', '.join(others)}, too: name all of its splits (what was answered is not asked again), "
@@ -251,6 +254,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", required=True, choices=list(ANNOTATIONS))
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--config_name", help="configuration of a Hub dataset")
+    parser.add_argument("--audio_column", default="audio")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--lowercase", action="store_true", help="transcripts in lower case, as LibriSpeech needs")
     parser.add_argument(
@@ -275,6 +279,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     shots.add_argument("--examples", help="labelled dataset to take them from; none: no examples")
     shots.add_argument("--examples_split", default="train")
     shots.add_argument("--examples_config_name")
+    shots.add_argument("--examples_audio_column", help="default: --audio_column")
     shots.add_argument("--examples_text_column", help="default: --text_column")
     shots.add_argument("--num_examples", type=positive, default=1000, help="balanced over tags")
     shots.add_argument("--retrieve", type=positive, help="give each transcript the so many most similar of them")

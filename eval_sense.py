@@ -41,6 +41,7 @@ from processing.pipeline_sense import answer_settings
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
+from processing.warm_start import whisper_language
 
 
 CONTROLS = ("cascade", "gold", "majority")
@@ -116,12 +117,13 @@ def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int =
     whisper = whisper.to(device).eval()
     extractor = AutoProcessor.from_pretrained(source, trust_remote_code=False).feature_extractor
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    language = {"language": "en", "task": "transcribe"} if whisper.generation_config.is_multilingual else {}
 
     def answer(rows: list[dict]) -> list[str]:
         clips = [load_audio(row["audio"]) for row in rows]
         features = extractor(clips, sampling_rate=16000, return_tensors="pt", return_attention_mask=True).to(device)
-        output = whisper.generate(**features, num_beams=num_beams, **language)
+        spoken = [whisper_language(whisper.generation_config, row["language"]) for row in rows]
+        told = {"language": spoken, "task": "transcribe"} if all(spoken) else {}
+        output = whisper.generate(**features, num_beams=num_beams, **told)
         return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     return _over_processes(dataset, answer, batch_size, "whisper's decoder")

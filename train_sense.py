@@ -313,15 +313,9 @@ class SenseTrainer(Trainer):
         if self.args.should_save:
             best, most = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(output_dir, most, best, use_mtime=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
 
     def _get_output_dir(self, trial):
         return str(self.writing or super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self.writing is None:  # else Trainer asks too early
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _count_bytes(self) -> int:
         """Of the tensors in a checkpoint."""
@@ -361,6 +355,11 @@ def build_model(args: SenseArguments) -> tuple[SenseForConditionalGeneration, Se
         how["attn_implementation"] = {"text_config": args.text_attn_implementation}
     if args.init_from and not (Path(args.init_from) / ADAPTER_CONFIG).is_file():
         model = SenseForConditionalGeneration.from_pretrained(args.init_from, **how)
+        if "merged_lora" in (model.config.backbones or {}):
+            raise ValueError(
+                f"init_from: LoRA of {args.init_from} was merged, and checkpoints hold adapters: name the model that "
+                "was merged"
+            )
         _require_same(args, model.config)
         if args.quantize and model.quantization is None:
             model.quantize(args.quantize)
@@ -594,6 +593,16 @@ def main(argv: list[str] | None = None) -> dict:
     training.restore_callback_states_from_checkpoint = True
     if training.label_smoothing_factor:
         raise ValueError("label_smoothing_factor: Trainer would smooth labels that nobody shifted; leave it out")
+    if training.push_to_hub:
+        raise ValueError(
+            "push_to_hub: Trainer would upload an adapter without its settings; when it is trained, run "
+            f"sense export {training.output_dir} FOLDER --push OWNER/NAME"
+        )
+    if args.max_minutes is not None and 0 < training.warmup_steps < 1:
+        raise ValueError(
+            f"warmup_steps: {training.warmup_steps} is a share, and under max_minutes nobody knows of how many steps; "
+            "give their number"
+        )
     if training.dataloader_persistent_workers:
         raise ValueError("dataloader_persistent_workers: such workers go on with the first epoch's rows; leave it out")
     checkpoint = find_checkpoint(training)

@@ -422,6 +422,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.classifier = None if config.classifier is None else SenseClassifier(config)
         self.generation_config.suppress_tokens = [config.audio_token_id]  # no answer holds a placeholder
+        # Language models do not agree on the table's name.
+        table = next(name for name, part in self.named_modules() if part is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"}
         self.post_init()
         self.freeze_backbones()
 
@@ -555,6 +558,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             copies = max(resolved.num_beams, resolved.num_return_sequences)
             prompts = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else input_ids
             if self._can_prefill_once(resolved, kwargs):
+                if kwargs.get("attention_mask") is None:  # as transformers infers it
+                    self._prepare_special_tokens(resolved, False, input_ids.device, len(input_ids))
+                    kwargs["attention_mask"] = self._prepare_attention_mask_for_generation(input_ids, resolved, {})
                 self._prefill_once(copies, kwargs)
             elif copies > 1 and prompts is not None and len(kwargs["pooled_features"]) != len(prompts):
                 raise ValueError(
@@ -590,8 +596,6 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
 
     def _prefill_once(self, copies: int, kwargs: dict):
         """Puts all of the prompt but its last token into a cache, then copies the cache for the beams."""
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         audio = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         cache = self._read_into_cache(kwargs["input_ids"][:, :-1], kwargs["attention_mask"][:, :-1], **audio)
         if copies > 1:
@@ -641,7 +645,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             by clip, by prompt the new tokens, padded to the same length.
 
         Raises:
-            ValueError: clips with different numbers of prompts, or prompts without a common beginning.
+            ValueError: clips with different numbers of prompts, prompts without a common beginning, or a way of
+                generating that takes another cache (drafts, `cache_implementation`, `custom_generate`).
         """
         branches = len(prompts[0])
         if not branches or any(len(of_clip) != branches for of_clip in prompts):
@@ -649,17 +654,26 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         if config.num_return_sequences != 1:
             raise ValueError(f"num_return_sequences is {config.num_return_sequences}; branches take 1")
+        assisted = config.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
+        if assisted or config.cache_implementation is not None or kwargs.get("custom_generate") is not None:
+            raise ValueError(
+                "branches go on from a cache of their own: leave drafts, cache_implementation and custom_generate "
+                "out, or call generate() for each task"
+            )
+        if not config.use_cache:
+            kwargs["use_cache"] = True
         if input_features is not None:
             pooled_features, pooled_features_mask = self.model.get_pooled_features(input_features, input_features_mask)
         shared = [_common_beginning(of_clip) for of_clip in prompts]
         if not all(shared):
             raise ValueError("the prompts of a clip begin with different tokens: put the audio first")
         pad = config.pad_token_id if config.pad_token_id is not None else 0
-        ids, mask = _pad_left([of_clip[0][:n] for of_clip, n in zip(prompts, shared)], pad, self.device)
+        device = self.device if pooled_features is None else pooled_features.device  # placed models' own is none
+        ids, mask = _pad_left([of_clip[0][:n] for of_clip, n in zip(prompts, shared)], pad, device)
         audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
         cache = self._read_into_cache(ids, mask, **audio)
         rest = [prompt[n:] for of_clip, n in zip(prompts, shared) for prompt in of_clip]
-        rest_ids, rest_mask = _pad_left(rest, pad, self.device)
+        rest_ids, rest_mask = _pad_left(rest, pad, device)
         # Padding between beginning and rest: masked, and not counted in the positions.
         ids = torch.cat([ids.repeat_interleave(branches, 0), rest_ids], 1)
         mask = torch.cat([mask.repeat_interleave(branches, 0), rest_mask], 1)
@@ -688,12 +702,13 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Returns:
             the log-probability of each choice, `(clips, choices)`.
         """
-        ids, mask = _pad_left(prompts, 0, self.device)
+        device = self.device if pooled_features is None else pooled_features.device
+        ids, mask = _pad_left(prompts, 0, device)
         audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
         cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
         cache.batch_repeat_interleave(len(choices))
         length = max(map(len, choices))
-        answers = torch.tensor([choice + [0] * (length - len(choice)) for choice in choices], device=self.device)
+        answers = torch.tensor([choice + [0] * (length - len(choice)) for choice in choices], device=device)
         answers = answers.repeat(len(prompts), 1)
         rows = torch.cat([ids[:, -1:].repeat_interleave(len(choices), 0), answers[:, :-1]], 1)
         seen = torch.cat([mask.repeat_interleave(len(choices), 0), torch.ones_like(answers[:, :-1])], 1)
@@ -701,8 +716,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         hidden = self.model(
             input_ids=rows, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
         ).last_hidden_state
-        found = self.lm_head(hidden).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-        real = torch.tensor([[i < len(choice) for i in range(length)] for choice in choices], device=self.device)
+        scores = self.lm_head(hidden).float().log_softmax(-1).to(device)
+        found = scores.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+        real = torch.tensor([[i < len(choice) for i in range(length)] for choice in choices], device=device)
         return (found * real.repeat(len(prompts), 1)).sum(-1).view(len(prompts), len(choices))
 
     def understand(
@@ -730,7 +746,9 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             processor = AutoProcessor.from_pretrained(
                 self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub
             )
-        inputs = processor.apply_requests(audio, tasks, sampling_rate).to(self.device)
+        inputs = processor.apply_requests(audio, tasks, sampling_rate)
+        if self.device.type != "meta":  # of a model on the disk, whose parts fetch their inputs
+            inputs = inputs.to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
         return {task: [of_clip[t].strip() for of_clip in texts] for t, task in enumerate(tasks)}
@@ -771,19 +789,23 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             dtype: of the frozen backbones. What is trained stays in fp32.
             gguf_file: a GGUF file in `text`, with the language model and its tokenizer; it is unpacked to `dtype`.
             quantize: `"int8"` or `"int4"`, see [`~SenseForConditionalGeneration.quantize`].
-            config_kwargs: further fields of [`SenseConfig`], such as `num_audio_tokens` and `audio_tokens`; LoRA and
-                a classifier come by `add_lora` and `add_classifier`.
+            config_kwargs: `num_audio_tokens` and `audio_tokens` of [`SenseConfig`]; LoRA and a classifier come by
+                `add_lora` and `add_classifier`.
 
         Raises:
             ValueError: `audio` is not a Whisper model, `text` not a decoder-only language model, one of them has no
                 weights in safetensors or wants its own code to run, `quantize` is neither of the two, or LoRA or a
                 classifier is among `config_kwargs`.
+            TypeError: an argument that is none of these.
             OSError: there is no `gguf_file` in `text`.
             ImportError: the library that `quantize` takes is not installed.
         """
         for name in ("lora", "classifier"):
-            if config_kwargs.get(name) is not None:
+            if config_kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} is no field of new backbones: compose the model, then call add_{name}")
+        # A configuration takes, and saves, whatever it is given: a token, too.
+        if foreign := sorted(config_kwargs.keys() - {"num_audio_tokens", "audio_tokens"}):
+            raise TypeError(f"from_backbones() has no argument {', '.join(foreign)}")
         if quantize is not None:
             quantization_config(quantize)  # a wrong name or a missing library should not wait for the weights
         sources, revisions = {"audio": audio, "text": text}, revisions or {}
@@ -925,6 +947,15 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         """Puts back what `detach_encoder` returned, on the model's device."""
         self.model.audio_tower = encoder.to(self.device)
 
+    def save_pretrained(self, *args, **kwargs):
+        """
+        Raises:
+            ValueError: the encoder was detached, so that what is loaded would have a random one.
+        """
+        if self.model.audio_tower is None:
+            raise ValueError("the encoder was detached: attach_encoder() it first, or save_adapter()")
+        return super().save_pretrained(*args, **kwargs)
+
     def trained_state_dict(self, inference: bool = False) -> dict[str, torch.Tensor]:
         """
         The weights that training changes, by name: adapter, LoRA and, unless for `inference`, classifier. Where they
@@ -1058,7 +1089,15 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         model.name_or_path = str(folder)  # the processor lies there too
         return model.eval()
 
-    def load_adapter(self, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None):
+    def load_adapter(
+        self,
+        folder: str | os.PathLike,
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        **of_peft,
+    ):
         """
         Reads what `save_adapter` wrote, in a folder or on the Hub, into this model, strictly. LoRA and a classifier
         that are there and not in this model are added to it. What was trained beside full weights fits any quantised
@@ -1067,11 +1106,14 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Args:
             revision: on the Hub: branch, tag or commit.
             token: for the Hub, where the adapter is private.
+            adapter_name, of_peft: of an adapter that PEFT saved, which goes to transformers' own `load_adapter`.
 
         Raises:
             ValueError: other backbones, quantisation or settings, or a tensor that is missing, unexpected or of
                 another shape.
         """
+        if adapter_name is not None or of_peft:  # as `from_pretrained` calls it for a folder with adapter_config.json
+            return super().load_adapter(folder, adapter_name, **of_peft)
         folder = fetch_adapter(folder, revision, token)
         about, state = read_adapter_config(folder), _read_adapter_weights(folder)
         if about["fingerprint"] != self.backbone_fingerprint():
@@ -1300,6 +1342,7 @@ def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: 
             f"the language model must be a decoder-only text model, found {config.model_type!r} in {str(text)!r}"
         )
     lm = load_safely(AutoModelForCausalLM.from_pretrained, text, **where, **kwargs)
+    _require_plain_head(lm, text)
     tokenizer = AutoTokenizer.from_pretrained(text, **where)
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -1313,12 +1356,26 @@ def _load_language_model(text: str | os.PathLike, revision: str | None, kwargs: 
     return lm, tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
 
 
+@torch.no_grad()
+def _require_plain_head(lm: PreTrainedModel, text: str | os.PathLike):
+    """Raises ValueError where logits are more than a linear layer without bias makes: scaled, say, or capped."""
+    head = lm.get_output_embeddings()
+    ids = torch.tensor([[0, 1, 2]], device=lm.device)
+    plain = head(getattr(lm, lm.base_model_prefix)(input_ids=ids).last_hidden_state).float()
+    if getattr(head, "bias", None) is not None or not torch.allclose(lm(input_ids=ids).logits.float(), plain):
+        raise ValueError(
+            f"{str(text)!r}: SENSE answers by a linear head without bias, and {lm.config.model_type!r} makes its "
+            "logits otherwise (a bias, a scale or a cap): take another language model, such as a Llama or a Qwen"
+        )
+
+
 def _generation_config(lm: PreTrainedModel, audio_token_id: int) -> GenerationConfig:
     """Greedy by default, whatever the chat model's own sampling settings are; never answers with a placeholder."""
     ours = GenerationConfig.from_model_config(lm.config)
     theirs = lm.generation_config
     ours.bos_token_id, ours.eos_token_id = theirs.bos_token_id, theirs.eos_token_id
     ours.pad_token_id = theirs.pad_token_id
+    ours.use_cache = True  # configurations of models that Trainer saved say False
     ours.suppress_tokens = [audio_token_id]
     return ours
 

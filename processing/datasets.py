@@ -38,8 +38,16 @@ NOTED = datasets.Features({**SCHEMA, "where": datasets.Value("string"), "bad": d
 # Where SLUE keeps the entities of each of its text columns, by tag set, the best first; the offsets hold for that
 # column alone. From 18 raw tags one gets SLUE's 7, not the other way round.
 ENTITY_COLUMNS = {
-    "normalized_text": {"combined": ("normalized_combined_ner", "normalized_ner"), "raw": ("normalized_ner",)},
-    "raw_text": {"combined": ("raw_combined_ner", "raw_ner"), "raw": ("raw_ner",)},
+    "normalized_text": {
+        "combined": ("normalized_combined_ner", "normalized_ner"),
+        "raw": ("normalized_ner",),
+        "any": ("normalized_ner", "normalized_combined_ner"),
+    },
+    "raw_text": {
+        "combined": ("raw_combined_ner", "raw_ner"),
+        "raw": ("raw_ner",),
+        "any": ("raw_ner", "raw_combined_ner"),
+    },
 }
 SPEAKER_COLUMNS = ("speaker", "speaker_id")  # the first that a row has
 # Protocols of audio that a row names by an address; archives are read through one of the others.
@@ -77,7 +85,8 @@ def load_corpus(
         audio_column: column of the audio; in a metadata.jsonl `audio` stands for `file_name`.
         text_column: column of the transcript. Entities are read from `entities`, or from SLUE's column for that text.
         config_name: configuration of a Hub dataset, such as `voxpopuli` or `voxceleb` of `asapp/slue`.
-        entity_tags: `"combined"` (SLUE's 7, to which OntoNotes' tags are mapped) or `"raw"` (as the corpus has them).
+        entity_tags: `"combined"` (SLUE's 7, to which OntoNotes' tags are mapped) or `"raw"` (as the corpus has them)
+            or `"any"` (raw ones if it has them, else combined ones).
         lowercase: transcripts in lower case (LibriSpeech's are in upper case).
         streaming: return an `IterableDataset`, which downloads a Hub dataset as it is read.
         bad_rows: notes the rows that can't be used, which are left out. A `Dataset` then has one more column, `where`,
@@ -88,8 +97,8 @@ def load_corpus(
             be used (all of them are listed): lines that are no JSON or no UTF-8, missing audio files, texts that are
             no strings, labels that can't be.
     """
-    if entity_tags not in ("combined", "raw"):
-        raise ValueError(f"entity_tags: give combined or raw, found {entity_tags!r}")
+    if entity_tags not in ("combined", "raw", "any"):
+        raise ValueError(f"entity_tags: give combined, raw or any, found {entity_tags!r}")
     columns = {"audio": audio_column, "text": text_column, "entity_tags": entity_tags, "lowercase": lowercase}
     rows = _read_rows(dataset, split, columns, config_name, streaming)
     noted = BadRows() if bad_rows is None else bad_rows

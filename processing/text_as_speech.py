@@ -46,7 +46,7 @@ def read_words(path: str | os.PathLike, transcripts: list[str]) -> list[str]:
         text = text.lower()
     elif not any(letter.islower() for letter in used):
         text = text.upper()
-    text = text.replace("’", "'")
+    text = text.replace("'", "’") if "’" in used and "'" not in used else text.replace("’", "'")
     words = "".join(letter if letter in used or letter.isalnum() else " " for letter in text).split()
     words = [word for word in words if used.issuperset(word) and any(map(str.isalnum, word))]
     longest = max(len(transcript.split()) for transcript in transcripts)

@@ -86,11 +86,11 @@ def warm_start(
         `{"clips", "audio_tokens", "r2", "word_times"}`, the last "attention" or "even".
     """
     aligner = WordAligner.from_pretrained(whisper, model.device)
-    adapter, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    adapter, embed = model.model.multi_modal_projector, model.get_input_embeddings()
     regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
     clips = min(len(dataset), max_clips or len(dataset))
     for speech, tokens in heard_clips(model, processor, aligner, dataset, clips, "warm start"):
-        regression.add(speech, embeddings[tokens.to(embeddings.device)].float().cpu())
+        regression.add(speech, embed(tokens.to(embed.weight.device)).float().cpu())  # some models scale their table
     regression.gather()
     weight, bias, r2 = regression.solve(ridge)
     adapter.linear.weight.copy_(gain * weight)
@@ -122,7 +122,7 @@ def speech_and_tokens(model, processor: SenseProcessor, aligner: "WordAligner", 
     frames_per_token = frames.shape[1] / adapter.num_audio_tokens
     tokens = spoken_tokens(
         row["text"],
-        aligner.word_times(frames, row["text"], int(frame_mask.sum())),
+        aligner.word_times(frames, row["text"], int(frame_mask.sum()), row["language"]),
         # Without trimming the mask has all of 30 s: nothing is said after the clip.
         num_tokens=min(int(mask.sum()), math.ceil(int(frame_mask.sum()) / frames_per_token)),
         frames_per_token=frames_per_token,
@@ -157,6 +157,17 @@ def spoken_tokens(
     return torch.tensor(spoken)
 
 
+def whisper_language(settings, language: str | None) -> str | None:
+    """
+    What a Whisper checkpoint with these generation settings is told of a row's `language`, such as `de` or `de-DE`:
+    English where the row does not say, or the checkpoint does not know it. None for a checkpoint of English alone.
+    """
+    if not getattr(settings, "is_multilingual", False):
+        return None
+    code = (language or "en").lower().replace("_", "-").split("-")[0]
+    return code if f"<|{code}|>" in settings.lang_to_id else "en"
+
+
 class WordAligner:
     """Word ends from the cross-attention of a Whisper checkpoint's decoder; None each where there is no decoder."""
 
@@ -178,17 +189,19 @@ class WordAligner:
             return cls(None)
         return cls(whisper.to(device).eval(), AutoTokenizer.from_pretrained(source))
 
-    def word_times(self, frames: torch.Tensor, text: str, num_frames: int) -> list[int] | None:
+    def word_times(
+        self, frames: torch.Tensor, text: str, num_frames: int, language: str | None = None
+    ) -> list[int] | None:
         """
         Each word's first frame after it (20 ms a frame) in encoder output `frames` `(1, 1500, d_model)`, of which
-        the first `num_frames` hold speech.
+        the first `num_frames` hold speech in `language` (see `whisper_language`).
         """
         words = text.split()
         if self.whisper is None or not words:
             return None
         pieces = text_ids([f" {word}" for word in words], self.tokenizer)
         tokens = [token for piece in pieces for token in piece]
-        start = self._start_tokens()
+        start = self._start_tokens(language)
         if len(start) + len(tokens) + 1 > self.whisper.config.max_target_positions or len(tokens) > num_frames:
             return None
         attention = self._attention(frames, start, tokens)[:, :num_frames]
@@ -196,10 +209,10 @@ class WordAligner:
         lasts = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
         return [token_spans[last][1] for last in lasts.tolist()]
 
-    def _start_tokens(self) -> list[int]:
+    def _start_tokens(self, language: str | None) -> list[int]:
         ids = self.tokenizer.convert_tokens_to_ids
-        settings = self.whisper.generation_config
-        task = ["<|en|>", "<|transcribe|>"] if getattr(settings, "is_multilingual", False) else []
+        spoken = whisper_language(self.whisper.generation_config, language)
+        task = [f"<|{spoken}|>", "<|transcribe|>"] if spoken else []
         return ids(["<|startoftranscript|>", *task, "<|notimestamps|>"])
 
     def _attention(self, frames: torch.Tensor, start: list[int], tokens: list[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from tests.local_server import LocalServer
 
 
 HANG = 30  # seconds
+REFUSAL = {"error": "response_format is not supported"}
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 
 
@@ -20,14 +21,15 @@ class ChatServer(LocalServer):
         faults: by transcript, what goes wrong at its first, second, ... request (a method of `Faults`); then it works.
         seconds: that each request takes.
         takes_schema: else a request with `response_format` is refused.
+        refusal: what it then says.
         usage: what it says of tokens.
     """
 
     path = "/v1"
 
-    def __init__(self, answers, faults=None, seconds=0.0, takes_schema=True, usage=USAGE):
+    def __init__(self, answers, faults=None, seconds=0.0, takes_schema=True, usage=USAGE, refusal=REFUSAL):
         self.answers, self.faults, self.seconds, self.takes_schema = answers, faults or {}, seconds, takes_schema
-        self.usage = usage
+        self.usage, self.refusal = usage, refusal
         self.asked = Counter()  # by transcript
         self.bodies, self.headers = [], []
         self.lock = threading.Lock()
@@ -51,7 +53,7 @@ class ChatServer(LocalServer):
             self.headers.append(dict(request.headers))
         time.sleep(self.seconds)
         if "response_format" in body and not self.takes_schema:
-            return send(request, 422, {"error": "response_format is not supported"})
+            return send(request, 422, self.refusal)
         faults = self.faults.get(text, ())
         answer = self.answers.get(text, '{"entities": []}')
         if before < len(faults):
@@ -89,6 +91,12 @@ class Faults:
     def another_object(request, answer):
         send(request, 200, ["what", "is", "this"])
 
+    def null(request, answer):
+        send(request, 200, "null")
+
+    def empty_list(request, answer):
+        send(request, 200, [])
+
     def truncated_json(request, answer):
         send(request, 200, completion(answer[: len(answer) // 2]))
 
@@ -106,6 +114,9 @@ class Faults:
 
     def no_such_model(request, answer):
         send(request, 404, {"error": "no such model"})
+
+    def no_credit(request, answer):
+        send(request, 402, {"error": "credit used up"})
 
     def no_key(request, answer):
         send(request, 401, {"error": "who are you?"})

@@ -19,7 +19,7 @@ from processing.annotation.prompting import EntityAnnotation
 from processing.datasets import load_corpus
 from processing.grammar import sentences
 from processing.tasks import combine
-from tests.chat_server import ChatServer, Faults
+from tests.chat_server import ChatServer, Faults, completion, send
 from tests.conftest import make_corpus, tone, wav
 
 
@@ -91,9 +91,8 @@ def test_answers_become_a_dataset_with_provenance(unlabelled, tmp_path):
     assert server.headers[0]["authorization"] == "Bearer none"  # never Hugging Face's own token
 
 
-FAULTS = [
-    name for name in vars(Faults) if not name.startswith("_") and name not in ("refused", "no_key", "no_such_model")
-]
+FINAL = ("refused", "no_credit", "no_key", "no_such_model")
+FAULTS = [name for name in vars(Faults) if not name.startswith("_") and name not in FINAL]
 
 
 def test_a_faulty_server_loses_nothing(unlabelled, tmp_path):
@@ -130,6 +129,41 @@ def test_a_server_that_takes_no_schema_is_asked_without(unlabelled, tmp_path):
     assert sum("response_format" in body for body in server.bodies) == 1 and len(server.bodies) == 51
 
 
+def test_errors_that_are_lists_are_errors(unlabelled, tmp_path):
+    """Not replies to ask for again: so Google's server tells them."""
+    refusal = [{"error": {"code": 422, "message": "response_format is not supported"}}]
+    with ChatServer(ANSWERS, takes_schema=False, refusal=refusal) as server:
+        run(server, unlabelled, tmp_path / "out", "--concurrency", "1")
+    assert_all_labelled(tmp_path / "out")
+    assert len(server.bodies) == 51
+
+
+def test_an_answer_that_was_cut_off_gets_more_room(tmp_path):
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    at = [text.split().index(word) for word in text.split()]
+    starts = [sum(len(word) + 1 for word in text.split()[:i]) for i in at]
+    entities = [["QUANT", start, len(word)] for start, word in zip(starts, text.split())]
+    answer = TASK.write({"text": text, "entities": entities})
+
+    class Cutting(ChatServer):
+        def handle(self, request, body):
+            self.asked[text] += 1
+            send(request, 200, completion(answer[: 3 * body["max_tokens"]]))
+
+    with Cutting({}) as server:
+        run(server, write_transcripts(tmp_path / "in", [{"text": text}]), tmp_path / "out")
+    assert load_corpus(tmp_path / "out", "train")[0]["entities"] == entities and server.asked[text] == 2
+
+
+def test_a_run_whose_credit_ends_stops(unlabelled, tmp_path):
+    with ChatServer(ANSWERS, {row["text"]: ["no_credit"] * 9 for row in ROWS[10:]}) as server:
+        made = run(server, unlabelled, tmp_path / "out", "--concurrency", "1")
+        assert "402" in made["stopped"] and server.asked.total() == 11
+        server.faults = {}
+        assert run(server, unlabelled, tmp_path / "out")["stopped"] is None
+    assert_all_labelled(tmp_path / "out")
+
+
 def test_what_is_refused_or_never_readable_is_rejected_with_its_reason(unlabelled, tmp_path):
     texts = [row["text"] for row in ROWS]
     faults = {texts[0]: ["refused"] * 9, texts[1]: ["chatter"] * 9, texts[2]: ["overloaded"] * 9}
@@ -153,8 +187,8 @@ def test_what_is_refused_or_never_readable_is_rejected_with_its_reason(unlabelle
 @pytest.mark.parametrize(
     "fault, message, most",
     [
-        ("no_key", "check address, model and --token_env", 2),
-        ("no_such_model", "check address, model and --token_env", 2),
+        ("no_key", "check address, model, --token_env, credit", 2),
+        ("no_such_model", "check address, model, --token_env, credit", 2),
         ("refused", "refused: BadRequestError", 42),
         ("overloaded", "no answer after 2 tries", 12),
     ],
@@ -268,14 +302,19 @@ def test_two_at_a_time_in_one_folder_are_refused(unlabelled, tmp_path):
             run(server, unlabelled, tmp_path / "out")
 
 
-def test_another_dataset_is_not_written_over(unlabelled, tmp_path):
-    before = (Path(unlabelled) / "train" / "metadata.jsonl").read_text()
+@pytest.mark.parametrize(
+    "file", ["train/metadata.jsonl", "metadata.jsonl", "dev-clean/1/2/1-2.trans.txt", "dataset_dict.json"]
+)
+def test_another_dataset_is_not_written_over(unlabelled, tmp_path, file):
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    (tmp_path / "out" / file).write_text("{}\n")
     with (
         ChatServer(ANSWERS) as server,
-        pytest.raises(ValueError, match="holds another dataset: choose another --output"),
+        pytest.raises(ValueError, match="holds something else: choose another --output"),
     ):
-        run(server, unlabelled, unlabelled)
-    assert (Path(unlabelled) / "train" / "metadata.jsonl").read_text() == before
+        run(server, unlabelled, tmp_path / "out")
+    left = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left - {Path(".lock")} == {Path(file)} and (tmp_path / "out" / file).read_text() == "{}\n"
 
 
 def test_letters_that_end_lines_and_halves_of_letters_are_kept_in_the_journal(tmp_path):
@@ -391,6 +430,38 @@ def test_a_local_model_answers_in_batches_as_alone(tmp_path, tiny_llama, monkeyp
         annotate_sense.main([*asked, "--concurrency", size, "--attempts", "1"])
         found.append({entry["id"]: (entry["text"], entry["prompt_tokens"]) for entry in journal(out)})
     assert batches == [1] * 6 + [3] * 2 and found[0] == found[1] and len(found[0]) == 6
+
+
+def test_a_local_model_that_fails_stops_the_run(tmp_path, tiny_llama, monkeypatch):
+    """And the dataset is written, as where a server fails."""
+
+    def fails(self, requests):
+        raise RuntimeError("out of memory")
+
+    data = write_transcripts(tmp_path / "in", [{"text": "hello"}] * 3)
+    monkeypatch.setattr(annotators.LocalAnnotator, "_generate", fails)
+    monkeypatch.setattr(EntityAnnotation, "most_tokens", lambda self, tokens: 12)
+    asked = ["--input", data, "--task", "ner", "--local", tiny_llama, "--output", str(tmp_path / "out")]
+    made = annotate_sense.main(asked)
+    assert "RuntimeError: out of memory" in made["stopped"] and len(load_corpus(tmp_path / "out", "train")) == 3
+
+
+def test_sentiment_leaves_entities_as_they_were(tmp_path):
+    entities = [["EVENT", 0, 9], ["DATE", 13, 5]]
+    data = write_transcripts(tmp_path / "in", [{"text": "the derby on today", "entities": entities}])
+    annotate_sense.main(
+        ["--input", data, "--task", "sentiment", "--local", "vader", "--output", str(tmp_path / "out")]
+    )
+    assert load_corpus(tmp_path / "out", "train", entity_tags="raw")["entities"] == [entities]
+
+
+def test_audio_may_stand_in_another_column(tmp_path):
+    data = write_transcripts(tmp_path / "in", [{"text": "hello"}])
+    lines = (tmp_path / "in" / "train" / "metadata.jsonl").read_text()
+    (tmp_path / "in" / "train" / "metadata.jsonl").write_text(lines.replace("file_name", "path"))
+    asked = ["--input", data, "--task", "sentiment", "--local", "vader", "--output", str(tmp_path / "out")]
+    annotate_sense.main([*asked, "--audio_column", "path"])
+    assert load_corpus(tmp_path / "out", "train")["sentiment"] == ["Neutral"]
 
 
 def test_spacy_and_vader_stand_in(tmp_path):

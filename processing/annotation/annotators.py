@@ -152,8 +152,10 @@ class EndpointAnnotator(Annotator):
                 return await asyncio.wait_for(self._post(request, structured), self.timeout)
             except (HTTPError, OSError, BadReply) as error:
                 status, cause = status_of(error), error
-            if status == 401 or (status in (403, 404) and not self.answered):
-                raise FatalError(f"{self.name}: {describe(cause)}; check address, model and --token_env") from cause
+            if status in (401, 402) or (status in (403, 404) and not self.answered):
+                raise FatalError(
+                    f"{self.name}: {describe(cause)}; check address, model, --token_env, credit"
+                ) from cause
             if status is not None and (status < 500 or status == 501) and status not in (408, 425, 429):
                 raise Refused(f"refused: {describe(cause)}") from cause
             if tried < self.max_retries:
@@ -182,8 +184,13 @@ class EndpointAnnotator(Annotator):
         except HTTPError:  # some are ValueErrors too
             raise
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, IndexError, AttributeError) as error:
+            if isinstance(error.__context__, HTTPError):  # whose body the client could not read
+                raise error.__context__ from None
             raise BadReply(f"no chat completion ({describe(error)})") from error
-        except ValueError as error:  # of the client, before it asked
+        except ValueError as error:
+            if "://" in self.endpoint or self.answered:
+                raise BadReply(f"no chat completion ({describe(error)})") from error
+            # The client knows no such provider.
             raise FatalError(f"{self.endpoint}: {describe(error)}; give a URL or a provider's name") from error
         counts = [sum(self.count(message["content"]) for message in request.messages), self.count(str(text))]
         return Reply(printable(str(text)), *(n if type(n) is int else count for n, count in zip(tokens, counts)))
@@ -271,8 +278,8 @@ class LocalAnnotator(Annotator):
             self.waiting = [pair for pair in self.waiting if pair not in batch]
             try:
                 replies = await asyncio.to_thread(self._generate, [request for request, _ in batch])
-            except Exception as error:  # whoever asked gets it
-                replies = [error] * len(batch)
+            except Exception as error:  # no memory, a template without a system turn: no other batch would fare better
+                replies = [FatalError(f"{self.name}: {describe(error)}")] * len(batch)
             for (_, future), reply in zip(batch, replies):
                 if not future.done():
                     future.set_exception(reply) if isinstance(reply, Exception) else future.set_result(reply)
@@ -281,9 +288,9 @@ class LocalAnnotator(Annotator):
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Reply]:
         chats = [request.messages for request in requests]
-        inputs = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        how = {"padding": True, "return_dict": True, "return_tensors": "pt"}
+        how["enable_thinking"] = False  # for templates that know it
+        inputs = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, **how).to(self.model.device)
         attempt = requests[0].attempt
         torch.manual_seed(attempt)
         how = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}

@@ -80,7 +80,7 @@ def words_of(text: str) -> list[tuple[str, int, int]]:
     words: list[tuple[str, int, int]] = []
     letters: list[tuple[str, int]] = []  # of the word that is being read
     for at, letter in enumerate([*text, " "]):
-        for sign in letter.lower():
+        for sign in letter.lower().replace("’", "'"):
             if sign in DROPPED_MARKS:
                 continue
             # A combining mark is of the letter that it follows.

@@ -10,7 +10,7 @@ from .filters import filter_entities, find_words, place_phrases, plain_words, wo
 KINDS = ("hallucinated", "meaningless", "spurious")
 MEANINGLESS_TAGS = ("THING", "COLOR", "ANIMAL", "ACTION", "FEELING")  # of the sort that language models invent
 RATES = ("false_positives", "drops", "swaps")
-Annotation = list[list[str]]  # [tag, phrase] pairs, as an annotator writes them
+Annotation = list[list]  # [tag, phrase] pairs, as an annotator writes them; those of true labels tell their start too
 
 
 def add_noise(
@@ -29,7 +29,8 @@ def add_noise(
         seed: the same seed makes the same noise.
 
     Returns:
-        by row its `[tag, phrase]` pairs, the true ones first.
+        by row its `[tag, phrase]` pairs, the true ones first, as `[tag, phrase, start]`: that a phrase may stand there
+        twice is no error of theirs.
 
     Raises:
         ValueError: a rate that is no share, or rows in which no false label can be put.
@@ -38,7 +39,7 @@ def add_noise(
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise ValueError(f"{name}: {rate!r} is no share; give a number from 0 to below 1")
     rng = random.Random(f"noise {seed}")
-    truth = [phrases(row["text"], row["entities"]) for row in rows]
+    truth = [[[tag, row["text"][at : at + n], at] for tag, at, n in row["entities"]] for row in rows]
     places = [(row, i) for row, found in enumerate(truth) for i in range(len(found))]
     dropped = set(rng.sample(places, round(drops * len(places))))
     kept = [place for place in places if place not in dropped]
@@ -102,7 +103,7 @@ def with_annotation(row: dict, pairs: Annotation, filtered: bool) -> dict:
     if filtered:
         return {"text": row["text"], "entities": filter_entities(row["text"], pairs, "combined").entities}
     text, entities = row["text"], []
-    for (tag, phrase), spot, reason in zip(pairs, *place_phrases(row["text"], pairs)):
+    for (tag, phrase, *_), spot, reason in zip(pairs, *place_phrases(row["text"], pairs)):
         if reason == "hallucinated":
             spot = (len(text) + 1, len(phrase))
             text = f"{text} {phrase}"

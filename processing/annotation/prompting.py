@@ -96,7 +96,7 @@ class EntityAnnotation:
         Raises:
             Unreadable: no whole JSON of such a form in it.
         """
-        return _read_json(answer, _entity_pairs)
+        return _read_json(without_thoughts(answer), _entity_pairs)
 
     def most_tokens(self, text_tokens: int) -> int:
         """Bound on the answer to a transcript of so many tokens."""
@@ -141,6 +141,7 @@ class SentimentAnnotation:
         Raises:
             Unreadable: no class, or several.
         """
+        answer = without_thoughts(answer)
         try:
             return printable(_read_json(answer, lambda value: value["sentiment"] if _is_sentiment(value) else None))
         except Unreadable:
@@ -192,6 +193,11 @@ def _object(properties: dict) -> dict:
     }
 
 
+def without_thoughts(answer: str) -> str:
+    """An answer without what a model thought before it, also where its thoughts were cut off."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL)
+
+
 def _read_json(answer: str, read):
     """
     What `read` makes of the JSON in an answer (None: nothing): of the last object that it understands, else of the
@@ -223,7 +229,7 @@ def _json_values(answer: str) -> tuple[list, bool]:
 
 
 BRACKET = re.compile(r"[{\[]")
-JSON_BEGINS = re.compile(r'\{\s*"|\[\s*["\[{]')
+JSON_BEGINS = re.compile(r"""\{\s*["']|\[\s*["'\[{]""")  # Python's too: what stands in it must not pass for the answer
 TAG_FIELDS = ("tag", "type", "label", "entity_type", "category")
 PHRASE_FIELDS = ("phrase", "text", "entity", "name", "word", "value")
 

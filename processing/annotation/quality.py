@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bad_rows import ON_BAD_ROW, BadRows
 from ..datasets import load_corpus, read_json_lines
 from ..metrics.slue_ner.slue_ner import count_matches
 from ..page import Section, write_page
@@ -40,10 +41,13 @@ def load_pairs(args) -> tuple[list[dict], list[dict], int]:
     """
     gold, synthetic, missing = [], [], 0
     column = "entities" if args.task == "ner" else "sentiment"
+    how = {name: getattr(args, name) for name in ("config_name", "audio_column", "text_column", "lowercase")}
+    bad_rows = BadRows(args.on_bad_row)
     for split in args.splits:
-        how = {"config_name": args.config_name, "text_column": args.text_column, "entity_tags": args.entity_tags}
-        trusted = _by_id(load_corpus(args.gold, split, lowercase=args.lowercase, **how), args.gold)
-        made = _by_id(load_corpus(args.synthetic, split, entity_tags=args.entity_tags), args.synthetic)
+        same = {"entity_tags": args.entity_tags, "bad_rows": bad_rows}
+        trusted = _by_id(load_corpus(args.gold, split, **how, **same), args.gold)
+        made = _by_id(load_corpus(args.synthetic, split, **same), args.synthetic)
+        bad_rows.settle()
         written = read_annotated(Path(args.synthetic), split, column)
         for name, row in trusted.items():
             if row[column] is None:
@@ -67,7 +71,7 @@ def load_pairs(args) -> tuple[list[dict], list[dict], int]:
 
 def _by_id(rows, where) -> dict[str, dict]:
     found = {}
-    for row in rows.remove_columns("audio"):
+    for row in rows.remove_columns(["audio", "where"]):
         if row["id"] in found:
             raise ValueError(f"{where}: two rows have the id {row['id']!r}; give each its own")
         found[row["id"]] = row
@@ -275,9 +279,11 @@ def compare(argv: list[str]) -> dict:
     parser.add_argument("--task", choices=["ner", "sentiment"], default="ner")
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--config_name", help="configuration of GOLD on the Hub")
+    parser.add_argument("--audio_column", default="audio", help="of GOLD")
     parser.add_argument("--text_column", default="text", help="of GOLD: the text that was annotated")
     parser.add_argument("--lowercase", action="store_true", help="GOLD's transcripts, as they were annotated")
     parser.add_argument("--entity_tags", default="combined", choices=list(TAG_SETS))
+    parser.add_argument("--on_bad_row", default="stop", choices=ON_BAD_ROW, help="skip: compare the others")
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(argv)
     gold, synthetic, missing = load_pairs(args)

@@ -267,17 +267,19 @@ class Run:
     def _messages(self, item: Item) -> list[dict]:
         return build_messages(self.task, item.text, self.examples(item.text))
 
-    def _estimate(self, item: Item, messages: list[dict]) -> int:
-        """Tokens that a request may take."""
-        asked = sum(self.annotator.count(message["content"]) + FRAME for message in messages)
-        return asked + self.task.most_tokens(self.annotator.count(item.text))
+    def _most_tokens(self, text: str, attempt: int) -> int:
+        """Bound on an answer. After one that could not be read there is more room: it may have been cut off."""
+        tokens = self.annotator.count(text)
+        most = self.task.most_tokens(tokens) * 4**attempt
+        return most if self.room is None else min(most, self.room - tokens)
 
     async def _ask(self, item: Item):
         """Asks until the answer can be read; keeps every answer."""
         messages = self._messages(item)
-        estimate = self._estimate(item, messages)
-        most = self.task.most_tokens(self.annotator.count(item.text))
+        asked = sum(self.annotator.count(message["content"]) + FRAME for message in messages)
         for attempt in range(len(self.journal.answers.get(item.key, ())), self.attempts):
+            most = self._most_tokens(item.text, attempt)
+            estimate = asked + most
             reserved = self.meter.reserve(estimate)
             try:
                 reply = await self.annotator.ask(Request(item.text, messages, most, attempt, self.task.schema))

@@ -246,6 +246,12 @@ def test_ids_by_position_and_without_a_mask(model):
     assert torch.equal(output[:, ids.shape[1] :], expected)
 
 
+def test_padding_is_no_text_where_no_mask_says_so(model, inputs):
+    assert not inputs["attention_mask"].all()
+    expected = answer(model, inputs)
+    assert torch.equal(answer(model, {**inputs, "attention_mask": None}), expected)
+
+
 def test_prompt_that_ends_with_audio(model):
     inputs = tiny_inputs(0, 1)
     for name in ("input_ids", "attention_mask"):

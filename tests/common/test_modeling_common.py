@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSpeechSeq2Seq
 
 from modeling_sense import SenseForConditionalGeneration, SenseModel
 from tests.common.conftest import (
@@ -348,6 +348,16 @@ def test_disk_offload(model, inputs, device_map, checkpoint, tmp_path):
     torch.testing.assert_close(placed(**inputs).logits, model(**inputs).logits)
     for how in ({"max_new_tokens": 3}, {"max_new_tokens": 3, "num_beams": 2}):
         assert torch.equal(placed.generate(**inputs, **how), model.generate(**inputs, **how))
+    features = {name: inputs[name][:1] for name in ("input_features", "input_features_mask")}
+    prompt = inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
+    (found,), (expected,) = (
+        which.generate_branches([[[*prompt, 7], [*prompt, 8]]], **features, max_new_tokens=3)
+        for which in (placed, model)
+    )
+    assert all(map(torch.equal, found, expected))
+    pooled, mask = model.model.get_pooled_features(**features)
+    scores = [which.score_choices([prompt], [[5, 2], [6, 7, 2]], pooled, mask) for which in (placed, model)]
+    torch.testing.assert_close(*scores)
 
 
 def test_cpu_offload(model, inputs):
@@ -446,3 +456,16 @@ def test_peft_model_around_sense(model, inputs, tmp_path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(merged.generate(**inputs, max_new_tokens=3), answer)
+
+
+def test_a_folder_of_peft_is_loaded_with_its_base(checkpoint, inputs, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = SenseForConditionalGeneration.from_pretrained(checkpoint)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*\.(q|k|v)_proj")).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    wrapped.save_pretrained(tmp_path)
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**inputs).logits, wrapped(**inputs).logits)

@@ -1,16 +1,26 @@
 """The network: sizes, pooling, loss, generation, saving. Tiny random backbones, made in conftest.py."""
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+)
 
 from modeling_sense import SenseConfig, SenseForConditionalGeneration, SenseModel
 from processing import SenseProcessor
-from tests.conftest import tone
+from tests.conftest import save_llm, tone
 
 
 SECONDS = [0.5, 1.7, 0.9, 2.4, 1.1, 0.3, 3.0, 1.3]
@@ -98,6 +108,19 @@ def test_text_model_as_audio_encoder_is_refused(tiny_llama):
 def test_audio_model_as_language_model_is_refused(tiny_whisper):
     with pytest.raises(ValueError, match="must be a decoder-only text model, found 'whisper'"):
         SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_whisper)
+
+
+def test_language_models_with_heads_of_another_kind_are_refused(tiny_whisper, tmp_path):
+    llm = save_llm(partial(GraniteConfig, logits_scaling=8.0), GraniteForCausalLM, tmp_path)
+    with pytest.raises(ValueError, match="a linear head without bias, and 'granite' makes its logits otherwise"):
+        SenseForConditionalGeneration.from_backbones(tiny_whisper, llm)
+
+
+@pytest.mark.parametrize("name", ["token", "device_map", "quantization_config", "torch_dtype", "num_audio_token"])
+def test_arguments_that_backbones_do_not_take_are_refused(tiny_whisper, tiny_llama, name):
+    """A configuration would keep, and publish, whatever it is given."""
+    with pytest.raises(TypeError, match=f"from_backbones\\(\\) has no argument {name}"):
+        SenseForConditionalGeneration.from_backbones(tiny_whisper, tiny_llama, **{name: "value"})
 
 
 @pytest.mark.parametrize("field, value", [("audio_tokens", "some"), ("num_audio_tokens", 0)])
@@ -349,11 +372,26 @@ def test_understand_finds_the_processor_beside_the_model(sense, tmp_path):
         ([[[1, 2]], [[1, 2], [1, 3]]], {}, "as many prompts for each clip, found \\[1, 2\\]"),
         ([[[1, 2], [2, 2]]], {}, "put the audio first"),
         ([[[1, 2]]], {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
+        ([[[1, 2]]], {"prompt_lookup_num_tokens": 2}, "leave drafts, cache_implementation and custom_generate out"),
+        ([[[1, 2]]], {"cache_implementation": "static"}, "call generate\\(\\) for each task"),
     ],
 )
 def test_branches_that_cannot_be(sense, prompts, how, message):
     with pytest.raises(ValueError, match=message):
         sense[0].generate_branches(prompts, pooled_features=torch.zeros(1, 1, 32), **how)
+
+
+def test_answers_do_not_depend_on_a_cache_that_somebody_switched_off(sense, tiny_whisper, tiny_llama, tmp_path):
+    """As Trainer does in the configuration of each model that it saves."""
+    model, processor = sense
+    how = {"processor": processor, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.understand([tone(0.5)], ["asr"], **how)
+    assert model.understand([tone(0.5)], ["asr"], **how, use_cache=False) == expected
+    shutil.copytree(tiny_llama, tmp_path / "llm")
+    settings = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"use_cache": False}))
+    other, _ = build(tiny_whisper, str(tmp_path / "llm"))
+    assert other.generation_config.use_cache and other.understand([tone(0.5)], ["asr"], **how) == expected
 
 
 def test_answers_in_a_dictionary_are_answers(sense):

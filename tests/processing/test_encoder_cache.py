@@ -217,6 +217,8 @@ def test_the_encoder_may_be_taken_away(sense, corpus, tmp_path):
     assert answers(prompts=[processor.prompt_ids(n, ["asr"]) for n in cache.lengths], **cache.batch(range(6))) == heard
     with pytest.raises(ValueError, match="encoder was detached: give pooled_features"):
         answers(**request)
+    with pytest.raises(ValueError, match="the encoder was detached: attach_encoder"):
+        model.save_pretrained(tmp_path / "whole")
     model.save_adapter(tmp_path / "adapter")
     model.attach_encoder(encoder)
     model.load_adapter(tmp_path / "adapter")

@@ -71,6 +71,7 @@ def test_one_clip_is_too_few(tokenizer):
         (["it's a cat"], ["it's", "a", "cat", "a", "a"]),
         (["IT'S A CAT"], ["IT'S", "A", "CAT", "A", "A"]),
         (["It's a cat."], ["It's", "a", "cat", "a.", "a"]),
+        (["it’s a cat"], ["it’s", "a", "cat", "a", "a"]),
     ],
 )
 def test_a_text_is_written_as_the_transcripts_are(tmp_path, transcripts, words):

@@ -1,13 +1,22 @@
 """The closed-form warm start: the regression, the alignment, and what they do to the adapter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from modeling_sense import SenseForConditionalGeneration
 from processing import SenseProcessor, load_audio
-from processing.warm_start import RidgeRegression, WordAligner, speech_and_tokens, spoken_tokens, warm_start
-from tests.conftest import make_corpus, tone
+from processing.warm_start import (
+    RidgeRegression,
+    WordAligner,
+    speech_and_tokens,
+    spoken_tokens,
+    warm_start,
+    whisper_language,
+)
+from tests.conftest import make_corpus, save_llm, tone
 
 
 def test_ridge_regression_finds_the_line_in_pieces():
@@ -73,6 +82,24 @@ def test_warm_start_uses_every_audio_token_of_the_clips_asked_for(tiny_whisper, 
     expected = sum(processor.num_tokens(len(load_audio(row["audio"]))) for row in make_corpus(6).select(range(4)))
     assert found["audio_tokens"] == expected and found["clips"] == 4
     assert found["word_times"] == "even" and 0 < found["r2"] <= 1
+
+
+def test_the_adapter_aims_at_embeddings_as_the_model_reads_them(tiny_whisper, tmp_path):
+    """Gemma's table is scaled on the way."""
+    llm = save_llm(Gemma3TextConfig, Gemma3ForCausalLM, tmp_path)
+    model, _, _ = start(tiny_whisper, llm, gain=1.0)
+    table = model.get_input_embeddings()
+    length = table(torch.arange(200)).norm(dim=1).mean()
+    assert length > 3 * table.weight[:200].norm(dim=1).mean()
+    said = model.get_audio_features(**SenseProcessor.from_backbones(tiny_whisper, llm).audio_features([tone(1.0)]))
+    assert said.pooler_output.norm(dim=1).mean() > 0.2 * length
+
+
+def test_whisper_is_told_the_language_of_the_row():
+    settings = SimpleNamespace(is_multilingual=True, lang_to_id={"<|en|>": 0, "<|de|>": 1})
+    told = [whisper_language(settings, name) for name in ("de", "DE-de", "de_AT", None, "", "tlh")]
+    assert told == ["de", "de", "de", "en", "en", "en"]
+    assert whisper_language(SimpleNamespace(), "de") is None
 
 
 @pytest.mark.parametrize("audio_tokens", ["trim", "fixed"])

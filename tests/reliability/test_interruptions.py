@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import train_sense
+from modeling_sense import SenseForConditionalGeneration
 from processing.bad_rows import BadRows
 from processing.checkpoints import (
     CHECKSUMS,
@@ -88,8 +89,8 @@ def full_disk(path: Path):
 
 
 def test_what_is_called_a_checkpoint_is_whole(recipe, tmp_path, monkeypatch, little_space):
-    """Whichever file of the next one fills the disk, and where checkpoints are uploaded."""
-    out, uploaded, name = tmp_path / "out", [], None
+    """Whichever file of the next one fills the disk."""
+    out, name = tmp_path / "out", None
     write, write_all = transformers.Trainer._save_checkpoint, train_sense.SenseTrainer._save_checkpoint
 
     def save(self, model, trial):
@@ -110,15 +111,10 @@ def test_what_is_called_a_checkpoint_is_whole(recipe, tmp_path, monkeypatch, lit
 
     monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", save)
     monkeypatch.setattr(train_sense.SenseTrainer, "_save_checkpoint", save_all)
-    hub = {
-        "init_hf_repo": lambda _: None,
-        "_finish_current_push": lambda _: None,
-        "_push_from_checkpoint": lambda _, folder: uploaded.append((folder, find_fault(folder))),
+    train_sense.main([recipe])
+    assert {path.name: find_fault(path) for path in out.glob("checkpoint-*")} == {
+        f"checkpoint-{step}": None for step in (2, 4, 6)
     }
-    for function, stub in hub.items():
-        monkeypatch.setattr(transformers.Trainer, function, stub)
-    train_sense.main([recipe, "--push_to_hub", "true"])
-    assert uploaded == [(str(out / f"checkpoint-{step}"), None) for step in (2, 4, 6)]
     assert not (out / UNFINISHED).exists()
 
 
@@ -301,11 +297,36 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(place, tmp_path):
     assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_label_smoothing_is_refused(recipe):
-    with pytest.raises(ValueError, match="label_smoothing_factor: Trainer would smooth labels that nobody shifted"):
-        train_sense.main([recipe, "--label_smoothing_factor", "0.1"])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (
+            ["--label_smoothing_factor", "0.1"],
+            "label_smoothing_factor: Trainer would smooth labels that nobody shifted",
+        ),
+        (
+            ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"],
+            "dataloader_persistent_workers: such workers go on with the first epoch's",
+        ),
+        (["--push_to_hub", "true"], "push_to_hub: .* run sense export .*out FOLDER --push OWNER/NAME"),
+        (
+            ["--max_minutes", "1", "--warmup_steps", "0.1"],
+            "warmup_steps: 0.1 is a share, and under max_minutes nobody",
+        ),
+    ],
+)
+def test_what_trainer_would_do_wrong_is_refused(recipe, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        train_sense.main([recipe, *more])
+    assert not (tmp_path / "out").exists()
 
 
-def test_workers_that_outlive_an_epoch_are_refused(recipe):
-    with pytest.raises(ValueError, match="dataloader_persistent_workers: such workers go on with the first epoch's"):
-        train_sense.main([recipe, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"])
+def test_no_stage_begins_with_a_merged_model(recipe, tmp_path, place):
+    """Its first checkpoint could not be written."""
+    audio, text = (place.recipe[f"{part}_backbone"] for part in ("audio", "text"))
+    model = SenseForConditionalGeneration.from_backbones(audio, text)
+    model.add_lora(r=2)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ValueError, match="init_from: LoRA of .*merged was merged"):
+        train_sense.main([recipe, "--init_from", str(tmp_path / "merged")])

@@ -102,6 +102,11 @@ def test_marks_around_letters_are_of_their_word(word):
     assert filter_phrases(f"in {word} now", [["PLACE", word[:-1]]]).rejected[0]["reason"] == "hallucinated"
 
 
+def test_apostrophes_of_both_shapes_are_the_same():
+    found = filter_phrases("o’connor, europe’s", [["PERSON", "O'Connor"], ["PLACE", "Europe's"]]).entities
+    assert found == [["PERSON", 0, 8], ["PLACE", 10, 8]]
+
+
 def test_phrases_without_a_word_are_empty():
     found = filter_phrases("anna", [["PERSON", ""], ["PERSON", "..."]])
     assert not found.entities and [drop["reason"] for drop in found.rejected] == ["empty", "empty"]

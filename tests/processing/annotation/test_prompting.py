@@ -67,6 +67,8 @@ def test_no_entities(answer):
         ('[["PERSON", "anna"], [], ["PLA', "does not end"),
         ('{"error": "overloaded", "details": []}', "another form"),
         ('{"n": ' + "9" * 5000 + "}", "does not end"),
+        ("{'PERSON': ['anna'], 'PLACE': []}", "does not end"),
+        ('<think>{"entities": []} or is anna', "no JSON"),
     ],
 )
 def test_answers_that_cannot_be_read(answer, reason):
@@ -82,13 +84,21 @@ def test_answers_that_cannot_be_read(answer, reason):
         ("The speaker is negative.", "Negative"),
         ("neutral, I am sure it is Neutral", "Neutral"),
         ('{"sentiment": "delighted"}', "delighted"),
+        ("<think>Is he positive?</think>\nNeutral", "Neutral"),
     ],
 )
 def test_sentiments(answer, word):
     assert SENTIMENT.read(answer) == word
 
 
-@pytest.mark.parametrize("answer, reason", [("positive or negative", "Negative and Positive"), ("", "no sentiment")])
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("positive or negative", "Negative and Positive"),
+        ("", "no sentiment"),
+        ("<think>\nHe may be positive, but", "no"),
+    ],
+)
 def test_sentiments_that_cannot_be_read(answer, reason):
     with pytest.raises(Unreadable, match=reason):
         SENTIMENT.read(answer)

@@ -129,6 +129,16 @@ def test_gold_in_capitals_is_compared_in_lower_case(tmp_path):
     assert main([*asked, "--lowercase"])["rows"] == 1
 
 
+def test_rows_that_cant_be_read_are_left_out_where_asked(tmp_path):
+    gold, made = write(tmp_path / "gold", GOLD[:1]), write(tmp_path / "made", GOLD[:1])
+    with open(tmp_path / "gold" / "test" / "metadata.jsonl", "a") as lines:
+        lines.write("{broken\n")
+    asked = ["compare", gold, made, "--splits", "test", "--output_dir", str(tmp_path / "report")]
+    with pytest.raises(ValueError, match="--on_bad_row skip"):
+        main(asked)
+    assert main([*asked, "--on_bad_row", "skip"])["rows"] == 1
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
