@@ -249,16 +249,17 @@ def wer_of_groups(rows: list[dict], answers: dict[str, list[Answer]], seconds: l
 
 def load_rows(args, split: str, bad_rows: BadRows | None = None):
     """One split of the dataset that the command line names."""
-    return load_corpus(
-        args.dataset,
-        split,
-        audio_column=args.audio_column,
-        text_column=args.text_column,
-        lowercase=args.lowercase,
-        config_name=args.config_name,
-        entity_tags="combined",
-        bad_rows=bad_rows,
-    )
+    with PartialState().main_process_first():  # one process prepares a Hub dataset, the others find it prepared
+        return load_corpus(
+            args.dataset,
+            split,
+            audio_column=args.audio_column,
+            text_column=args.text_column,
+            lowercase=args.lowercase,
+            config_name=args.config_name,
+            entity_tags="combined",
+            bad_rows=bad_rows,
+        )
 
 
 def require_writable(folder: Path):

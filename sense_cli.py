@@ -302,7 +302,13 @@ def _sources(files: list[str], form: str, output: Path | None) -> dict:
         stem, number = Counter(Path(name).stem for name in names).most_common(1)[0]
         if number > 1:
             raise typer.BadParameter(f"{number} recordings would be written to {stem}.{form}", param_hint="--output")
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(output, os.W_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:  # better now than when all is heard
+            raise typer.BadParameter(f"{output} is no folder that can be written to", param_hint="--output")
     sources = {name: name for name in names}
     if "-" in files:
         sources["stdin"] = {"bytes": typer.get_binary_stream("stdin").read(), "path": "stdin"}
@@ -394,8 +400,12 @@ def _render(name: str, result: dict, form: str, many: bool) -> Text | str:
     """A result as text, with its recording's name where there are many; or as the content of a file."""
     from processing import subtitles
 
+    def printable(text: str) -> str:  # a file's name may be no UTF-8
+        return text.encode("utf-8", "backslashreplace").decode()
+
     if form == "json":
-        return json.dumps({"file": name, **result}, ensure_ascii=False) + "\n"
+        return printable(json.dumps({"file": name, **result}, ensure_ascii=False)) + "\n"
+    name = printable(name)
     if form in ("srt", "vtt"):
         return subtitles.to_srt(result) if form == "srt" else subtitles.to_vtt(result)
     heard = coloured(result)

@@ -57,6 +57,9 @@ class Refusal(HTTPException):
         self.param, self.code = param, code
 
 
+HEARD = ("/v1/audio/transcriptions", "/v1/understand")  # paths that take recordings
+
+
 class Asked(BaseModel):
     """Fields of every request to hear a recording."""
 
@@ -223,7 +226,7 @@ class Service:
             return Refusal(
                 401, "give the key: Authorization: Bearer KEY", code="invalid_api_key", WWW_Authenticate="Bearer"
             )
-        if request.method != "POST":
+        if request.method != "POST" or request.scope["path"] not in HEARD:
             return None
         if self.is_draining:
             return Refusal(503, "the server is stopping; ask another one", code="stopping", Retry_After="10")
@@ -267,7 +270,7 @@ class Gate:
             await send(message)
 
         request, path = Request(scope), scope["path"]  # the routes' path: that of request.url heeds the Host header
-        is_counted = request.method == "POST" and path.startswith("/v1/")
+        is_counted = request.method == "POST" and path in HEARD
         refusal = self.service.refuse(request)
         try:
             if refusal:
@@ -364,7 +367,7 @@ def make_app(service: Service) -> FastAPI:
     app.router.route_class = SmallFormRoute
     pipe = service.pipe
 
-    @app.post("/v1/audio/transcriptions")
+    @app.post(HEARD[0])
     async def transcriptions(request: Request, form: Annotated[Transcription, Form()]) -> Response:
         service.check_asked(form, "transcribe")
         asked = {"return_entities": False, "return_sentiment": False, "return_timestamps": form.wants_words}
@@ -372,7 +375,7 @@ def make_app(service: Service) -> FastAPI:
         recording = await unless_gone(request, service.hear(form.file, **asked))
         return transcription_answer(pipe, recording, form, service.language)
 
-    @app.post("/v1/understand")
+    @app.post(HEARD[1])
     async def understand(request: Request, form: Annotated[Understanding, Form()]) -> Response:
         service.check_asked(form, "understand")
         asked = {"return_timestamps": "word", "constrained": form.constrained}

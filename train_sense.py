@@ -46,7 +46,7 @@ from processing.recipe import SenseArguments, parse_recipe
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
-from processing.tasks import SENTIMENTS, TAG_SETS, make_tasks
+from processing.tasks import SENTIMENTS, TAG_SETS, Task, make_tasks
 from processing.text_as_speech import TextCollator, measure_speech, read_words
 from processing.warm_start import warm_start
 
@@ -140,13 +140,16 @@ class SenseTrainer(Trainer):
         return batches, num_items
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """Under a budget of time the rate follows the clock: nobody knows the number of steps."""
+        """Under a budget of time the rate follows the clock, or the steps where these end first."""
         if self.budget is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warm_up = max(1, self.args.warmup_steps)
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / warm_up) * self.budget.left
-        )
+
+        def rate(step: int) -> float:
+            left = min(self.budget.left, max(0.0, 1 - step / num_training_steps))
+            return min(1.0, (step + 1) / warm_up) * left
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
         return self.lr_scheduler
 
     def create_optimizer(self, model=None):
@@ -460,6 +463,15 @@ def refuse_zero3():
         )
 
 
+def require_labels(tasks: dict[str, Task], splits: dict):
+    """Raises ValueError where a split has no label for a task: better before the encoder has heard all clips."""
+    for split, rows in splits.items():
+        labels = list(rows.select_columns(["text", "entities", "sentiment"]))
+        for name, task in tasks.items():
+            if all(task.target(row) is None for row in labels):
+                raise ValueError(f"task {name!r}: not one of the {len(labels)} rows of {split!r} has a label for it")
+
+
 def require_stream_settings(training: TrainingArguments):
     if training.max_steps <= 0:
         raise ValueError(f"streaming: a stream has no end; give max_steps, found {training.max_steps}")
@@ -619,6 +631,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not args.streaming:
         bad_rows.settle()
     train = training_labels(args, train, training.seed)
+    require_labels(tasks, {args.eval_split: dev} | ({} if args.streaming else {args.train_split: train}))
     words = read_words(args.text_as_speech, train["text"]) if args.text_as_speech else None
     train_cache, dev_cache = build_caches(args, model, processor, train, dev)
     if args.cache_only:

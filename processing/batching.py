@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class Batcher:
             found = self.hear([job.window for job in jobs], jobs[0].options)
             answers = list(zip(jobs, found, strict=True))
         except Exception as error:  # whatever the model raises is for who asked; the worker goes on
+            traceback.clear_frames(error.__traceback__)  # what they hold on a GPU is free again
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
             else:

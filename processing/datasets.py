@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import soundfile
+from accelerate import PartialState
 
 from .bad_rows import BadRows, RowError
 from .processing_sense import MAX_DOWNLOAD, MAX_SECONDS
@@ -310,7 +311,7 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
         _require(f"{kind} column", columns[kind], present, dataset)
 
     def convert(row: dict, index: int) -> dict:
-        given = row[columns["audio"]] or {"bytes": None, "path": None}
+        given = _as_audio(row[columns["audio"]])
         name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
         # Rows of a stream come in another order each epoch: what is in one tells it from the others.
         number = _digest(row, columns["audio"]) if streaming else index + 1
@@ -325,8 +326,16 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
 
         return _noted(build, where, row.get("id") or name, given["path"])
 
-    source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
-    return source.map(convert, with_indices=True, remove_columns=present, features=NOTED)
+    if source.features is not None and not isinstance(source.features[columns["audio"]], datasets.Value):
+        source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
+    # The main process looks at the rows' files each time, and leaves what it found where the others find it.
+    how = {} if streaming else {"load_from_cache_file": not PartialState().is_main_process}
+    return source.map(convert, with_indices=True, remove_columns=present, features=NOTED, **how)
+
+
+def _as_audio(given: dict | str | None) -> dict:
+    """Undecoded audio; in a table of text, such as a CSV, it is a path."""
+    return {"bytes": None, "path": given} if isinstance(given, str) else given or {"bytes": None, "path": None}
 
 
 def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, dataset, streaming: bool):
@@ -340,7 +349,7 @@ def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, da
 
 def _digest(row: dict, audio_column: str) -> str:
     """Of what is in a row."""
-    audio = row[audio_column] or {"bytes": None, "path": None}
+    audio = _as_audio(row[audio_column])
     rest = {name: value for name, value in row.items() if name != audio_column}
     found = hashlib.sha256(repr((audio["path"], rest)).encode())
     found.update(audio["bytes"] or b"")
@@ -480,7 +489,7 @@ def _check_entity(entity: list, text: str, column: str, text_column: str):
         what = f"is no [tag, start, length] within the {len(text)} characters of {text_column}"
         raise RowError("wrong_entities", column, f"{entity} {what}; mend its numbers")
     if not isinstance(entity[0], str) or entity[0] not in ALL_TAGS:
-        tags = ", ".join(sorted(ALL_TAGS))
+        tags = ", ".join(ALL_TAGS)
         raise RowError("wrong_entities", column, f"{entity} has the tag {entity[0]!r}; tags are {tags}")
 
 

@@ -171,7 +171,7 @@ def group_sections(metrics: dict) -> list[Section]:
             Section(
                 f"WER by {title}",
                 shown,
-                figure=plot_groups(found),
+                figure=plot_groups(found) if any("wer_normalized" in group for group in first) else None,
                 alt=f"Normalised word error rate by {title}; the table below has the numbers.",
                 table=([title, "utterances", "words", *found], rows),
                 folded=True,

@@ -32,8 +32,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     `pipeline(...)` for every call.
 
     Args:
-        inputs: one recording or a list, generator or dataset of them, each a path, an address, bytes, a file object,
-            an array, or a dict with `array` (or `raw`) and `sampling_rate`; of any length.
+        inputs: one recording or a list, generator or dataset (its column `audio`) of them, each a path, an address,
+            bytes, a file object, an array, or a dict with `array` (or `raw`) and `sampling_rate`; of any length.
         batch_size (`int`, *optional*, defaults to 1): windows heard at a time, of one recording or of several.
         sampling_rate (`int`, *optional*): of arrays, in Hz; 16000 if not given.
         return_entities (`bool`, *optional*): by default where the model was trained to tag entities ("ner").
@@ -45,7 +45,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
             quarters of its training clips were no longer.
         constrained (`bool`, *optional*, defaults to False): keep the answers to the grammar of tags, so that each of
             these is known, closed and not empty, whatever is heard. Sentiment is one of its classes anyway.
-        generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`.
+        generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`. Without `max_new_tokens` an
+            answer ends at as many as English speech of the window's length could need.
         streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
         progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
 
@@ -72,6 +73,15 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         if self.processor is None:
             raise ValueError(f"task {TASK} needs the model's SenseProcessor: give processor=...")
         self.model.eval()
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
+        # transformers knows datasets of torch alone; a column of one, or a stream, would be one recording to it.
+        is_theirs = type(inputs).__module__.partition(".")[0] == "datasets" and not isinstance(inputs, dict)
+        if is_theirs and not hasattr(inputs, "get_all_samples"):
+            inputs = (row["audio"] if isinstance(row, dict) and "audio" in row else row for row in inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -133,7 +143,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
                         batch = []
                 recording.is_read = True
                 yield None, []
-        except (ValueError, OSError, ImportError):
+        except Exception:  # of a generator, too
             yield None, batch  # what was heard before a bad recording is not lost
             raise
         yield None, batch
@@ -192,8 +202,9 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         seconds = [n * MAX_SECONDS / self.processor.num_audio_tokens for n in lengths]
         limits = [TASKS[task].most_tokens(s) for s in seconds]
         prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
+        generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
         if "max_new_tokens" in generate_kwargs:
-            limits = [min(limit, generate_kwargs["max_new_tokens"]) for limit in limits]
+            limits = [generate_kwargs["max_new_tokens"]] * len(limits)
         constraint = self.processor.constrain([task] * len(prompts), limits) if constrained else None
         answers = self.model.generate_branches(
             prompts, **audio, **answer_settings(limits, constraint, **generate_kwargs)
@@ -213,7 +224,9 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     def _word_times(self, found: dict, speech: torch.Tensor) -> list[tuple[float, float]]:
         weights = self.model.get_input_embeddings().weight
         spans = word_times(speech, found["text"].split(), self.processor.tokenizer, weights, SECONDS_PER_FRAME)
-        return [(round(found["start"] + start, 3), round(found["start"] + end, 3)) for start, end in spans]
+        # The encoder's last step may end after the window.
+        edges = [[min(found["start"] + edge, found["end"]) for edge in span] for span in spans]
+        return [(round(start, 3), round(end, 3)) for start, end in edges]
 
     def postprocess(
         self, recording: "Recording", return_entities=None, return_sentiment=None, return_timestamps=False

@@ -107,7 +107,11 @@ def open_audio(audio, sampling_rate: int | None = None, target: int = 16000) -> 
     if isinstance(audio, dict):
         audio, sampling_rate, name = _open_dict(audio, sampling_rate)
     elif hasattr(audio, "get_all_samples"):
-        decoded, name = audio.get_all_samples(), "audio (AudioDecoder)"
+        name = "audio (AudioDecoder)"
+        try:
+            decoded = audio.get_all_samples()
+        except RuntimeError as error:
+            raise ValueError(f"{name}: not readable as audio ({error}); get the file again") from error
         audio, sampling_rate = decoded.data, decoded.sample_rate
     else:
         name = str(audio) if isinstance(audio, (str, Path)) else f"audio ({type(audio).__name__})"
@@ -157,7 +161,8 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
                 raise ValueError(f"{name}: no such audio file")
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
-        return soundfile.SoundFile(source)
+        # A name's bytes as they are: not all are UTF-8.
+        return soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
     except (soundfile.SoundFileError, TypeError, OSError, HTTPException) as error:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
 
@@ -208,6 +213,8 @@ def read_block(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
 def _as_samples(audio, name: str) -> np.ndarray:
     """An array, tensor or list of numbers as floats of shape (samples, channels)."""
     samples = audio.detach().cpu().float().numpy() if _is_float_tensor(audio) else np.asarray(audio)
+    if samples.dtype == np.int64:  # what lists of integers become
+        raise ValueError(f"{name}: 64-bit integers, whose full scale nobody knows; give int16 or int32 PCM, or floats")
     if np.issubdtype(samples.dtype, np.signedinteger):  # PCM: full scale is 1.0
         samples = samples / (np.iinfo(samples.dtype).max + 1.0)
     elif not np.issubdtype(samples.dtype, np.floating):

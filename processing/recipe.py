@@ -17,7 +17,7 @@ from modeling_sense.modeling_sense import LORA_TARGETS
 from .annotation.noise import RATES, add_noise
 from .augmentation import check_speeds
 from .bad_rows import BadRows
-from .tasks import make_tasks
+from .tasks import TAG_SETS, make_tasks
 
 
 MAX_RECIPE = 100_000  # characters
@@ -140,6 +140,8 @@ class SenseArguments:
             raise ValueError(
                 "speeds, time_mask and time_stretch work on cached features: set encoder_cache to a folder"
             )
+        if self.entity_tags not in TAG_SETS:
+            raise ValueError(f"entity_tags: give {' or '.join(TAG_SETS)}, found {self.entity_tags!r}")
         check_speeds(self.speeds)
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise ValueError(f"max_minutes: give minutes above 0, or none, found {self.max_minutes}")

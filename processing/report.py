@@ -272,7 +272,8 @@ def plot_groups(systems: dict[str, list[dict]]) -> Figure:
         systems: by name, the groups as `processing.scoring.wer_by` has them, the same of each.
     """
     key, first = "wer_normalized", next(iter(systems.values()))
-    places = sorted(sorted(range(len(first)), key=lambda i: -first[i][key])[:MOST_GROUPS])
+    known = [i for i, group in enumerate(first) if key in group]
+    places = sorted(sorted(known, key=lambda i: -first[i][key])[:MOST_GROUPS])
     figure = Figure(figsize=(6, 1.6 + 0.3 * len(places)), layout="constrained")
     axes = figure.subplots()
     for s, (name, groups) in enumerate(systems.items()):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jiwer
 import numpy as np
+from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from .metrics import load_metric
@@ -14,6 +15,7 @@ from .tasks import SENTIMENTS, TASKS, Answer, combine, phrases
 
 
 NORMALIZE = EnglishTextNormalizer()
+NORMALIZE_OTHERS = BasicTextNormalizer(preserve_marks=True)  # else vowels of Indic scripts go
 BOOTSTRAP_SAMPLES = 1000
 # Groups of `wer_by`: the edges between them; and how many utterances an interval needs.
 DURATIONS = (2, 4, 6, 8, 10, 15, 20)  # seconds
@@ -29,22 +31,33 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w' ]|_", " ", re.sub(r"[.,!?;]", "", text.lower())).split())
 
 
+def normalize(text: str, language: str | None = None) -> str:
+    """By Whisper's English normaliser, which in another language would drop words; there by its basic one."""
+    return (NORMALIZE if (language or "en").strip().lower().startswith("en") else NORMALIZE_OTHERS)(text)
+
+
 def score_asr(rows: list[dict], answers: list[Answer]) -> dict:
     """
     `wer` on the strings as they are, `wer_slue` on them as SLUE scores text (marks dropped, possessives split),
-    `wer_normalized` after Whisper's English normaliser.
+    `wer_normalized` after Whisper's normaliser (see `normalize`). Where nothing is said, there is no rate.
     """
-    return _wers(rows, answers, {"wer": str, "wer_slue": normalize_phrase, "wer_normalized": NORMALIZE})
+    return _wers(rows, answers, {"wer": lambda text, _: text, "wer_slue": _as_slue, "wer_normalized": normalize})
 
 
-def _wers(rows: list[dict], answers: list[Answer], forms: dict[str, Callable[[str], str]]) -> dict:
-    """The WER by name, each on texts brought to its form."""
-    metrics = {}
+def _as_slue(text: str, language: str | None) -> str:
+    return normalize_phrase(text)
+
+
+def _wers(rows: list[dict], answers: list[Answer], forms: dict[str, Callable[[str, str | None], str]]) -> dict:
+    """The WER by name, each on texts brought to its form, which is given their language too."""
+    metrics: dict = {}
     for name, form in forms.items():
-        references = [form(row["text"]) for row in rows]
-        heard = [form(answer.text or "") for answer in answers]
-        metrics[name] = 100 * load_metric("wer").compute(predictions=heard, references=references)["wer"]
+        references = [form(row["text"], row.get("language")) for row in rows]
+        heard = [form(answer.text or "", row.get("language")) for row, answer in zip(rows, answers)]
         counts = np.array([word_errors(*pair) for pair in zip(references, heard)])
+        if not counts[:, 1].any():
+            continue
+        metrics[name] = 100 * load_metric("wer").compute(predictions=heard, references=references)["wer"]
         metrics[f"{name}_interval"] = bootstrap(counts, lambda sums: ratio(sums[..., 0], sums[..., 1]))
     return metrics
 
@@ -61,7 +74,7 @@ def word_errors(reference: str, heard: str) -> tuple[int, int]:
 
 def wer_by(rows: list[dict], answers: list[Answer], seconds: list[float]) -> dict[str, list[dict]]:
     """
-    The WER after Whisper's normaliser, of groups of utterances.
+    The WER after Whisper's normaliser (see `normalize`), of groups of utterances.
 
     Args:
         rows: of the project's schema, the references.
@@ -71,16 +84,16 @@ def wer_by(rows: list[dict], answers: list[Answer], seconds: list[float]) -> dic
     Returns:
         by what they are grouped by (`duration`, `speaking_rate`, which is the reference's words a second, and
         `speaker`, where the corpus knows one), the groups: `group` (its name), `n` (utterances), `words` (of the
-        references, normalised), `errors`, `wer_normalized`, and `wer_normalized_interval` where `n` is `FEWEST` or
-        more.
+        references, normalised), `errors`; where there are words, `wer_normalized`, and with `FEWEST` utterances or
+        more `wer_normalized_interval`.
     """
     rates = [len(row["text"].split()) / s for row, s in zip(rows, seconds)]
     keys = {"duration": [_bin(s, DURATIONS, "s") for s in seconds]}
     keys["speaking_rate"] = [_bin(rate, SPEAKING_RATES, "words/s") for rate in rates]
     if any(row["speaker"] for row in rows):  # unknown ones stand last
         keys["speaker"] = [(not row["speaker"], row["speaker"] or "unknown") for row in rows]
-    pairs = [(NORMALIZE(row["text"]), NORMALIZE(answer.text or "")) for row, answer in zip(rows, answers)]
-    counts = np.array([word_errors(*pair) for pair in pairs])
+    told = [(row.get("language"), row["text"], answer.text or "") for row, answer in zip(rows, answers)]
+    counts = np.array([word_errors(normalize(said, name), normalize(heard, name)) for name, said, heard in told])
     return {name: _groups(keys_of_rows, counts) for name, keys_of_rows in keys.items()}
 
 
@@ -100,8 +113,8 @@ def _groups(keys: list[tuple], counts: np.ndarray) -> list[dict]:
     for key in sorted(set(keys)):
         of_group = counts[[other == key for other in keys]]
         errors, words = of_group.sum(0).tolist()
-        wer = {"wer_normalized": 100 * errors / max(words, 1)}
-        if len(of_group) >= FEWEST:
+        wer = {"wer_normalized": 100 * errors / words} if words else {}
+        if words and len(of_group) >= FEWEST:
             wer["wer_normalized_interval"] = bootstrap(of_group, lambda sums: ratio(sums[..., 0], sums[..., 1]))
         groups.append({"group": key[1], "n": len(of_group), "words": words, "errors": errors, **wer})
     return groups
@@ -110,16 +123,16 @@ def _groups(keys: list[tuple], counts: np.ndarray) -> list[dict]:
 def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
     """
     SLUE's NER F1 and label-F1 on the 7 combined tags, of rows with entity labels: `ner_f1` and `ner_label_f1` on
-    phrases as `plain` leaves them, `ner_f1_normalized` on phrases after Whisper's English normaliser ("two" is "2");
+    phrases as `plain` leaves them, `ner_f1_normalized` on phrases after Whisper's normaliser ("two" is "2");
     `ner_malformed_rate` is the share of answers with a tag that could not be read. `ner_wer` is the WER of their
     words, possessives split on both sides as a tag may split them, `ner_wer_normalized` after Whisper's normaliser.
     `ner_per_tag` is the metric's own, in shares of 1 and counts.
     """
     labelled = [(row, answer) for row, answer in zip(rows, answers) if row["entities"] is not None]
     metrics: dict = {}
-    for suffix, clean in (("", plain), ("_normalized", NORMALIZE)):
-        references = [_clean(row["text"], row["entities"], clean) for row, _ in labelled]
-        predictions = [_clean(answer.text or "", answer.entities or [], clean) for _, answer in labelled]
+    for suffix, clean in (("", lambda text, _: plain(text)), ("_normalized", normalize)):
+        references = [_clean(row["text"], row["entities"], clean, row) for row, _ in labelled]
+        predictions = [_clean(answer.text or "", answer.entities or [], clean, row) for row, answer in labelled]
         found = load_metric("slue_ner").compute(predictions=predictions, references=references)
         metrics |= _ner_with_intervals(suffix, found, predictions, references)
         if not suffix:
@@ -127,7 +140,7 @@ def score_ner(rows: list[dict], answers: list[Answer]) -> dict:
             metrics |= {f"ner_{name}": 100 * found[name] for name in others}
             metrics["ner_per_tag"] = found["per_tag"]
     metrics["ner_malformed_rate"] = 100 * np.mean([answer.malformed > 0 for _, answer in labelled]).item()
-    forms = {"ner_wer": normalize_phrase, "ner_wer_normalized": NORMALIZE}
+    forms = {"ner_wer": _as_slue, "ner_wer_normalized": normalize}
     return metrics | _wers([row for row, _ in labelled], [answer for _, answer in labelled], forms)
 
 
@@ -150,8 +163,8 @@ def _f1(sums: np.ndarray) -> np.ndarray:
     return ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
-def _clean(text: str, entities: list, clean: Callable[[str], str]) -> list[list[str]]:
-    return [[tag, clean(phrase)] for tag, phrase in phrases(text, combine(entities))]
+def _clean(text: str, entities: list, clean: Callable[[str, str | None], str], row: dict) -> list[list[str]]:
+    return [[tag, clean(phrase, row.get("language"))] for tag, phrase in phrases(text, combine(entities))]
 
 
 def score_sa(rows: list[dict], answers: list[Answer]) -> dict:

@@ -34,7 +34,7 @@ DROPPED_TAGS = ("FAC", "EVENT", "WORK_OF_ART", "PRODUCT", "LANGUAGE")
 RAW_TAGS = (*RAW_TO_COMBINED, *DROPPED_TAGS)
 COMBINED_TAGS = tuple(dict.fromkeys(RAW_TO_COMBINED.values()))
 TAG_SETS = {"raw": RAW_TAGS, "combined": COMBINED_TAGS}
-ALL_TAGS = frozenset(RAW_TAGS + COMBINED_TAGS)
+ALL_TAGS = tuple(sorted({*RAW_TAGS, *COMBINED_TAGS}))  # no set: `datasets` would hash it differently in each process
 SENTIMENTS = ("Negative", "Neutral", "Positive")
 
 Entity = list  # [tag, first character, number of characters]
@@ -224,7 +224,7 @@ def write_tags(text: str, entities: Iterable[Entity]) -> str:
 
 # Possessive quantifiers (++, *+) never step back: else a long run of spaces would take minutes.
 TAG = re.compile(r"<\s*+(/?+)\s*+([A-Za-z_]++)\s*+>")
-KNOWN_TAG = re.compile(rf"<\s*+/?+\s*+(?:{'|'.join(sorted(ALL_TAGS))})\s*+>", flags=re.IGNORECASE)
+KNOWN_TAG = re.compile(rf"<\s*+/?+\s*+(?:{'|'.join(ALL_TAGS)})\s*+>", flags=re.IGNORECASE)
 BROKEN_OFF = re.compile(r"<\s*+/?+\s*+([A-Z_]++)\s*+$")  # an answer may end within a tag
 IN_TEXT = re.compile(r"((?:<[\s/]*+)++)([A-Za-z_]++\s*+>|[A-Z_]++\s*+$)?+")  # brackets, and what makes them either
 

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce, send_to_device
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import logging
 
 from modeling_sense.modeling_sense import load_safely
@@ -159,12 +160,13 @@ def spoken_tokens(
 
 def whisper_language(settings, language: str | None) -> str | None:
     """
-    What a Whisper checkpoint with these generation settings is told of a row's `language`, such as `de` or `de-DE`:
+    What a Whisper checkpoint with these generation settings is told of a row's `language`, `de`, `de-DE` or `German`:
     English where the row does not say, or the checkpoint does not know it. None for a checkpoint of English alone.
     """
     if not getattr(settings, "is_multilingual", False):
         return None
-    code = (language or "en").lower().replace("_", "-").split("-")[0]
+    name = (language or "en").strip().lower()
+    code = TO_LANGUAGE_CODE.get(name, name.replace("_", "-").split("-")[0])
     return code if f"<|{code}|>" in settings.lang_to_id else "en"
 
 

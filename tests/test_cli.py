@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,14 @@ def test_recordings_that_fail_are_named_and_the_others_go_on(saved, clips, tmp_p
     assert all(line.count(str(noise)) <= 1 for line in errors)
 
 
+def test_a_name_that_is_no_utf8(saved, clips, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    shutil.copy(clips[0], path)
+    process = start_sense("transcribe", "--model", saved, "--json", path)
+    out, err = process.communicate()
+    assert process.returncode == 0 and json.loads(out)["file"] == path, err.decode()
+
+
 def test_a_recording_that_breaks_off(saved, clips, tmp_path):
     whole, broken = tmp_path / "whole.flac", tmp_path / "broken.flac"
     soundfile.write(whole, tone(3.0), 16000)
@@ -195,6 +204,7 @@ def test_interrupted_it_says_no_more_than_that():
         (["understand", "--model", "m", "--srt", "a.wav", "b.wav"], "--output"),
         (["transcribe", "--model", "m", "--output", "out", "a/x.wav", "b/x.flac"], "x.txt"),
         (["transcribe", "--model", "m", "--srt", "--reference", "a.wav"], "--reference"),
+        (["transcribe", "--model", "m", "--output", "/dev/null/out", "a.wav"], "--output"),
         (["transcribe", "--model", "m", "--device", "abacus", "a.wav"], "--device"),
         (["transcribe", "--model", "m", "--dtype", "int3", "a.wav"], "float32"),
         (["transcribe", "--model", "m", "--num-beams", "0", "a.wav"], "--num-beams"),

@@ -212,6 +212,8 @@ def test_other_paths_forms_and_fields(client):
     assert missing["param"] == "file" and "required" in missing["message"]
     assert client.get("/v1/elsewhere").status_code == 404 and client.get(ASR).status_code == 405
     assert client.get(ASR).json()["error"]["type"] == "invalid_request_error"
+    assert client.post("/v1/chat/completions", json={}).status_code == 404
+    assert client.post("/v1/models").status_code == 405
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
             "time_stretch: 0.1\ndataset_dir: x\nencoder_cache: x\naudio_tokens: fixed",
             "changes how many audio tokens a clip has",
         ),
+        ("entity_tags: any\ndataset_dir: x", "entity_tags: give .*, found 'any'"),
         ("answer_noise: 1\ndataset_dir: x", "answer_noise: give a share from 0 to below 1, found 1"),
         ("answer_noise: 0.1\nstreaming: true\ndataset_dir: x", "answer_noise is drawn by a row's place"),
         ("cache_only: true\ndataset_dir: x", "cache_only fills a cache: set encoder_cache to a folder"),
@@ -623,6 +624,25 @@ def test_a_budget_of_minutes_ends_training_and_takes_the_rate_to_zero(recipe, tm
     later = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     rates = [e["learning_rate"] for e in later["log_history"] if e["step"] > again["global_step"] and "loss" in e]
     assert later["global_step"] in (24, 25) and len(rates) >= 10 and max(rates) < 0.6e-3
+
+
+def test_where_the_steps_end_before_the_minutes_the_rate_falls_too(recipe, tmp_path):
+    train_sense.main([recipe(max_steps=10, eval_strategy="no"), "--max_minutes", "60"])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert state["global_step"] == 10 and rates[-1] < 0.3 * max(rates)
+
+
+def test_a_split_without_labels_for_a_task_is_told_before_the_encoder_hears_it(recipe, tmp_path, monkeypatch):
+    fields = yaml.safe_load(Path(recipe()).read_text())
+    data = tmp_path / "data"
+    shutil.copytree(fields["dataset_dir"], data)
+    lines = [json.loads(line) for line in (data / "dev" / "metadata.jsonl").read_text().splitlines()]
+    unlabelled = [{name: value for name, value in line.items() if name != "sentiment"} for line in lines]
+    (data / "dev" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unlabelled))
+    monkeypatch.setattr(train_sense, "build_caches", None)
+    with pytest.raises(ValueError, match=f"task 'sa': not one of the {len(lines)} rows of 'dev' has a label for it"):
+        train_sense.main([recipe(dataset_dir=str(data), tasks={"sa": 1}, prompts={"sa": "How is it meant?"})])
 
 
 def test_the_dtype_of_frozen_weights_is_one_that_the_device_knows(recipe, monkeypatch):

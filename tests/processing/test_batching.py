@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -79,6 +80,25 @@ def test_what_fails_fails_alone_and_what_was_cancelled_is_not_heard(make):
     batcher.close()
     assert not any(5 in numbers for numbers in seen)
     assert told == [(1, True), (3, True)] and batcher.seconds_per_window > 0
+
+
+def test_what_a_failed_batch_held_is_free_before_each_is_heard_alone(make):
+    class Memory:
+        pass
+
+    refs, alive = [], []
+
+    def hear(windows, options):
+        alive.append(sum(ref() is not None for ref in refs))
+        memory = Memory()
+        refs.append(weakref.ref(memory))
+        if len(windows) > 1:
+            raise RuntimeError("out of memory")
+        return windows
+
+    batcher = make(hear=hear, max_wait=0.2)
+    futures = [batcher.submit({"number": number}) for number in range(2)]
+    assert [future.result(10)["number"] for future in futures] == [0, 1] and alive == [0, 0, 0]
 
 
 def test_who_gets_no_answer_is_told_and_the_worker_goes_on(make):

@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from processing.tasks import phrases
 from tests.conftest import tone, wav
 
 
+ROOT = Path(__file__).parents[2]
 ROWS = [
     {
         "file_name": "a.flac",
@@ -337,6 +340,38 @@ def test_parquet_bad_requests(hub_like, streaming):
         load_corpus(folder, "test", text_column="normalized_text", streaming=streaming)
     with pytest.raises(ValueError, match="dev.*'test'"):
         load_corpus(folder, "dev", streaming=streaming, **COLUMNS)
+
+
+def test_processes_prepare_a_dataset_once(hub_like, tmp_path):
+    """However they hash strings: each copy has all audio."""
+    load = f"load_corpus({str(hub_like[0])!r}, 'test', **{COLUMNS!r})"
+    for seed in "12":
+        cache = {"HF_DATASETS_CACHE": str(tmp_path / "shared"), "PYTHONHASHSEED": seed}
+        code = f"from processing.datasets import load_corpus; {load}"
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **cache}, cwd=ROOT)
+    assert len(list((tmp_path / "shared").rglob("cache-*.arrow"))) == 1
+
+
+def test_a_file_that_was_put_back_is_found(hub_like, tmp_path):
+    rows = [{"sound": {"bytes": None, "path": str(tmp_path / "x.wav")}, "normalized_text": "ann"}]
+    features = datasets.Features({"sound": STORED_AUDIO, "normalized_text": datasets.Value("string")})
+    (tmp_path / "files").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "files" / "test.parquet")
+    found = []
+    for _ in range(2):
+        noted = BadRows("skip")
+        found.append(len(load_corpus(tmp_path / "files", "test", bad_rows=noted, **COLUMNS)))
+        soundfile.write(tmp_path / "x.wav", tone(0.5), 16000)
+    assert found == [0, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_names_files(tmp_path, streaming):
+    soundfile.write(tmp_path / "x.wav", tone(0.5), 16000)
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text(f"sound,normalized_text\n{tmp_path / 'x.wav'},ann\n")
+    (row,) = load_corpus(tmp_path / "table", "train", streaming=streaming, **COLUMNS)
+    assert (row["id"], row["text"], row["duration"]) == ("x", "ann", 0.5)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

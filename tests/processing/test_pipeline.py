@@ -13,7 +13,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
 from processing.long_audio import RATE
 from processing.pipeline_sense import TASK
-from processing.tasks import SENTIMENTS
+from processing.tasks import SENTIMENTS, TASKS
 from tests.conftest import make_corpus, tone, wav
 from tests.local_server import LocalServer
 
@@ -118,8 +118,27 @@ def test_batches_generators_and_datasets_give_what_singles_give(pipe):
             assert found["text"] == expected["text"] and found["chunks"] == expected["chunks"]
             assert found["sentiment"]["scores"] == pytest.approx(expected["sentiment"]["scores"], abs=2e-3)
     rows = make_corpus(3)
-    assert [found["duration"] for found in pipe(KeyDataset(rows, "audio"), **how)] == rows["duration"]
     assert isinstance(rows, datasets.Dataset)
+    for of_datasets in (KeyDataset(rows, "audio"), rows, rows["audio"], rows.to_iterable_dataset()):
+        assert [found["duration"] for found in pipe(of_datasets, **how)] == rows["duration"]
+    assert pipe([]) == []
+
+
+@pytest.mark.parametrize("asked", [5, 300, None])
+def test_max_new_tokens_that_are_asked_for_count(pipe, monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(pipe.model, "generate_branches", lambda *a, **k: seen.append(k) or [[torch.tensor([1])]])
+    pipe(tone(0.5), return_sentiment=False, generate_kwargs={"max_new_tokens": asked})
+    expected = asked or TASKS["ner"].most_tokens(0.6)
+    assert seen[0]["stopping_criteria"][0].limits.tolist() == [expected] == [seen[0]["max_new_tokens"]]
+
+
+def test_words_end_with_the_recording(said, monkeypatch):
+    pipe, answers = said
+    answers[:] = ["anna left moscow"]
+    monkeypatch.setattr("processing.pipeline_sense.word_times", lambda *_: [(0, 0.3), (0.3, 0.6), (0.6, 0.82)])
+    found = pipe(tone(0.81), return_timestamps="word", return_sentiment=False)
+    assert found["chunks"][-1]["timestamp"] == (0.6, 0.81) and found["duration"] == 0.81
 
 
 def test_a_result_comes_before_the_next_recordings_are_read(pipe):
@@ -292,6 +311,17 @@ def test_bad_recordings_are_named(pipe, tmp_path):
 def test_without_the_processor(parts):
     with pytest.raises(ValueError, match="needs the model's SenseProcessor"):
         SpokenLanguageUnderstandingPipeline(parts[0])
+
+
+def test_what_was_heard_before_a_generator_failed_comes_out(pipe):
+    def recordings():
+        yield from (tone(1), tone(2))
+        raise RuntimeError("the disk is gone")
+
+    results = iter(pipe(recordings(), batch_size=8, **SHORT))
+    assert [next(results)["duration"], next(results)["duration"]] == [1, 2]
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        next(results)
 
 
 def test_what_was_heard_before_a_bad_recording_comes_out(pipe, tmp_path):

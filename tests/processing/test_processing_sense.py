@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +142,12 @@ def test_missing_address(tmp_path):
         load_audio((tmp_path / "nowhere.wav").as_uri())
 
 
+def test_a_name_that_is_no_utf8(wav, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    shutil.copy(wav, path)
+    assert np.array_equal(load_audio(path), load_audio(wav))
+
+
 def test_folder_in_place_of_a_file(tmp_path):
     with pytest.raises(ValueError, match="no such audio file"):
         load_audio(str(tmp_path))
@@ -196,6 +204,8 @@ def test_samples_that_are_no_numbers(bad):
         (np.zeros(100, np.float32), 16, "sampling rate 16; give it in Hz"),
         (np.array(["a", "b"]), None, "type <U1"),
         (None, None, "type object"),
+        ([0, 812, -300], None, "64-bit integers, whose full scale nobody knows"),
+        ({"array": torch.tensor([0, 812]), "sampling_rate": 16000}, None, "64-bit integers"),
         ({"path": None, "bytes": None}, None, "give array and sampling_rate, bytes or path"),
         ({"waveform": [0.0]}, None, r"keys \['waveform'\]"),
     ],

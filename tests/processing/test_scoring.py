@@ -31,6 +31,21 @@ def test_wer_counts_words_as_they_are_and_normalised():
     assert found["wer_normalized_interval"] == [0, 0]
 
 
+def test_where_nothing_is_said_there_is_no_rate():
+    rows = [{"text": "", "entities": None, "sentiment": None}] * 6
+    assert score(rows, {"asr": [Answer("hello")] * 6}) == {}
+
+
+@pytest.mark.parametrize(
+    "language, said, heard, rate",
+    [("pt", "um homem", "homem", 50), ("de", "schön", "schon", 100), ("en", "um i", "i", 0)],
+)
+def test_other_languages_keep_their_words_and_letters(language, said, heard, rate):
+    row = {"text": said, "language": language, "speaker": None}
+    assert score_asr([row], [Answer(heard)])["wer_normalized"] == rate
+    assert wer_by([row], [Answer(heard)], [1.0])["duration"][0]["wer_normalized"] == rate
+
+
 def test_groups_of_utterances_share_out_the_errors():
     rows, answers = make_rows(60)
     rows = [row | {"speaker": ["ann", "bob", None][i % 3]} for i, row in enumerate(rows)]
@@ -48,6 +63,9 @@ def test_groups_of_utterances_share_out_the_errors():
             assert ("wer_normalized_interval" in group) == (group["n"] >= FEWEST)
             low, high = group.get("wer_normalized_interval", (0, 1000))
             assert low <= group["wer_normalized"] <= high
+    silent = [{"text": "", "speaker": None}] * FEWEST
+    (nothing_said,) = wer_by(silent, [Answer(text="hello there")] * FEWEST, [1.0] * FEWEST)["duration"]
+    assert nothing_said == {"group": "below 2 s", "n": FEWEST, "words": 0, "errors": 2 * FEWEST}
     slow = wer_by([{"text": "anna left", "speaker": None}], [Answer(text="anna")], [1.0])
     assert slow == {
         "duration": [{"group": "below 2 s", "n": 1, "words": 2, "errors": 1, "wer_normalized": 50}],

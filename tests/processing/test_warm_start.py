@@ -97,8 +97,8 @@ def test_the_adapter_aims_at_embeddings_as_the_model_reads_them(tiny_whisper, tm
 
 def test_whisper_is_told_the_language_of_the_row():
     settings = SimpleNamespace(is_multilingual=True, lang_to_id={"<|en|>": 0, "<|de|>": 1})
-    told = [whisper_language(settings, name) for name in ("de", "DE-de", "de_AT", None, "", "tlh")]
-    assert told == ["de", "de", "de", "en", "en", "en"]
+    told = [whisper_language(settings, name) for name in ("de", "DE-de", "de_AT", " German", None, "", "tlh")]
+    assert told == ["de", "de", "de", "de", "en", "en", "en"]
     assert whisper_language(SimpleNamespace(), "de") is None
 
 
