@@ -41,8 +41,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         return_timestamps (`bool` or `"word"`, *optional*): times in seconds of each window (True) or each word
             (`"word"`) in `chunks`, and of each entity.
         chunk_length_s (`float`, *optional*): recordings that are longer are cut at pauses, into windows that are no
-            longer. By default recordings above 30 s are, into windows of the length that the model is used to: three
-            quarters of its training clips were no longer.
+            longer. By default recordings above 30 s are, into windows that last at most as long as three of four
+            training clips did.
         constrained (`bool`, *optional*, defaults to False): keep the answers to the grammar of tags, so that each of
             these is known, closed and not empty, whatever is heard. Sentiment is one of its classes anyway.
         generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`. Without `max_new_tokens` an

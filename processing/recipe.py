@@ -142,6 +142,8 @@ class SenseArguments:
             )
         if self.entity_tags not in TAG_SETS:
             raise ValueError(f"entity_tags: give {' or '.join(TAG_SETS)}, found {self.entity_tags!r}")
+        if not self.lora_r and self.adapter_learning_rate == 0:
+            raise ValueError("adapter_learning_rate: 0 without LoRA trains nothing; set lora_r, or a rate above 0")
         check_speeds(self.speeds)
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise ValueError(f"max_minutes: give minutes above 0, or none, found {self.max_minutes}")

@@ -291,6 +291,7 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
             "time_stretch: 0.1\ndataset_dir: x\nencoder_cache: x\naudio_tokens: fixed",
             "changes how many audio tokens a clip has",
         ),
+        ("adapter_learning_rate: 0\ndataset_dir: x", "adapter_learning_rate: 0 without LoRA trains nothing"),
         ("entity_tags: any\ndataset_dir: x", "entity_tags: give .*, found 'any'"),
         ("answer_noise: 1\ndataset_dir: x", "answer_noise: give a share from 0 to below 1, found 1"),
         ("answer_noise: 0.1\nstreaming: true\ndataset_dir: x", "answer_noise is drawn by a row's place"),
