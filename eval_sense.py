@@ -15,21 +15,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
     BatchFeature,
-    WhisperForConditionalGeneration,
 )
 
 from modeling_sense import QUANTIZATIONS
-from modeling_sense.modeling_sense import load_safely
 from processing import report
 from processing.backbones import resolve_backbone
 from processing.bad_rows import ON_BAD_ROW, BadRows
@@ -41,7 +36,7 @@ from processing.pipeline_sense import answer_settings
 from processing.processing_sense import AUDIO_TOKEN, MAX_SECONDS, load_audio
 from processing.scoring import score, wer_by, word_errors
 from processing.tasks import TASKS, Answer, make_tasks
-from processing.warm_start import whisper_language
+from processing.transcription import WhisperDecoder
 
 
 CONTROLS = ("cascade", "gold", "majority")
@@ -113,18 +108,11 @@ def _decode(processor, answers) -> list[str]:
 
 def transcribe_whisper(source, dataset, *, num_beams: int = 1, batch_size: int = 8, device="cpu") -> list[str]:
     """What Whisper's own decoder hears. `source` is a Hub id or folder of a Whisper checkpoint."""
-    whisper = load_safely(WhisperForConditionalGeneration.from_pretrained, source, dtype=torch.float32)
-    whisper = whisper.to(device).eval()
-    extractor = AutoProcessor.from_pretrained(source, trust_remote_code=False).feature_extractor
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    decoder = WhisperDecoder(source, device)
 
     def answer(rows: list[dict]) -> list[str]:
         clips = [load_audio(row["audio"]) for row in rows]
-        features = extractor(clips, sampling_rate=16000, return_tensors="pt", return_attention_mask=True).to(device)
-        spoken = [whisper_language(whisper.generation_config, row["language"]) for row in rows]
-        told = {"language": spoken, "task": "transcribe"} if all(spoken) else {}
-        output = whisper.generate(**features, num_beams=num_beams, **told)
-        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return decoder(clips, [row["language"] for row in rows], num_beams=num_beams)
 
     return _over_processes(dataset, answer, batch_size, "whisper's decoder")
 

@@ -2,7 +2,7 @@
 
 import bisect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jiwer
 import numpy as np
@@ -48,7 +48,7 @@ def _as_slue(text: str, language: str | None) -> str:
     return normalize_phrase(text)
 
 
-def _wers(rows: list[dict], answers: list[Answer], forms: dict[str, Callable[[str, str | None], str]]) -> dict:
+def _wers(rows: list[dict], answers: list[Answer], forms: Mapping[str, Callable[[str, str | None], str]]) -> dict:
     """The WER by name, each on texts brought to its form, which is given their language too."""
     metrics: dict = {}
     for name, form in forms.items():

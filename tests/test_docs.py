@@ -137,6 +137,7 @@ PROGRAMS = (
     "scripts/make_space.py",
     "processing.report",
     "processing.synthesis",
+    "processing.transcription",
     "processing.training_memory",
     "tests.reliability.stream_memory",
     "benchmarks",

@@ -65,7 +65,7 @@ class Journal:
         is_new = not (path.is_file() and self._read(path, run))
         self.file = open(path, "a", encoding="utf-8")
         if is_new:
-            self._write({"run": run})
+            self._put({"run": run})
 
     def _read(self, path: Path, run: dict) -> bool:
         """Whether there is anything in the file."""
@@ -85,15 +85,18 @@ class Journal:
                 self.answers[entry["key"]].append(entry)
         return bool(lines)
 
-    def _write(self, entry: dict):
+    def _put(self, entry: dict):
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def write(self, entry: dict):
+        """Keeps an answer, under its `key`."""
+        self._put(entry)
+        self.answers[entry["key"]].append(entry)
+
     def add(self, item: Item, attempt: int, reply: Reply):
-        entry = {"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, **asdict(reply)}
-        self._write(entry)
-        self.answers[item.key].append(entry)
+        self.write({"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, **asdict(reply)})
 
     def close(self):
         self.file.close()
