@@ -65,11 +65,14 @@ def find_recordings(folder: Path) -> dict[str, Path]:
     Audio files in a folder at any depth, by their path from there, in order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one whose name no metadata.jsonl can hold.
     """
-    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = {str(path.relative_to(folder)): path for path in files}
     if not found:
         raise ValueError(f"{folder}: no recording in it; give a folder with {', '.join(sorted(SUFFIXES))} files")
+    if strange := [name for name in found if name.encode("utf-8", "ignore").decode() != name]:
+        raise ValueError(f"{folder}: names that are no UTF-8, rename them: {strange}")
     return dict(sorted(found.items()))
 
 
@@ -143,7 +146,10 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--as_written", action="store_true", help="keep Whisper's capitals and marks")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return transcribe(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size: give 1 or more, found {args.batch_size}")
+    return transcribe(args)
 
 
 if __name__ == "__main__":

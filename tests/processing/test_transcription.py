@@ -1,6 +1,8 @@
 """Transcripts by Whisper's own decoder, of recordings that nobody transcribed; here it hears what the test says."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +85,10 @@ def test_it_goes_on_where_it_was_interrupted(recordings, heard, tmp_path):
 def test_folders_without_a_word(recordings, heard, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no recording in it; give a folder with .flac"):
+        run(tmp_path / "empty", tmp_path / "out")
+    strange = os.fsdecode(os.fsencode(tmp_path / "empty") + b"/caf\xe9.wav")
+    Path(strange).write_bytes(b"")
+    with pytest.raises(ValueError, match="names that are no UTF-8, rename them"):
         run(tmp_path / "empty", tmp_path / "out")
     for length in heard[0]:
         heard[0][length] = ""
