@@ -201,7 +201,7 @@ def test_entities_go_with_their_text(tmp_path):
     assert by_text["text"][0]["entities"] is None
     raw = load_corpus(tmp_path / "c", "train", text_column="normalized_text", entity_tags="raw")
     assert raw[0]["entities"] == [["PERSON", 7, 5], ["DATE", 0, 6]]
-    with pytest.raises(ValueError, match="entity_tags: give combined or raw, found 'all'"):
+    with pytest.raises(ValueError, match="entity_tags: give combined, raw or any, found 'all'"):
         load_corpus(tmp_path / "c", "train", entity_tags="all")
 
 
