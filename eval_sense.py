@@ -10,7 +10,6 @@ also OUT/report.html, a page to look at and listen to.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    BatchFeature,
-)
+from transformers import AutoConfig, BatchFeature
 
 from modeling_sense import QUANTIZATIONS
 from processing import report
@@ -252,12 +248,7 @@ def load_rows(args, split: str, bad_rows: BadRows | None = None):
 
 def require_writable(folder: Path):
     """Makes the folder. Raises ValueError where nothing can be written to it: better now than after the decoding."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not report.make_folder(folder):
         raise ValueError(f"--output_dir {folder} is no folder that can be written to: name another")
 
 

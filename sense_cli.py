@@ -302,12 +302,9 @@ def _sources(files: list[str], form: str, output: Path | None) -> dict:
         stem, number = Counter(Path(name).stem for name in names).most_common(1)[0]
         if number > 1:
             raise typer.BadParameter(f"{number} recordings would be written to {stem}.{form}", param_hint="--output")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            is_writable = os.access(output, os.W_OK)
-        except OSError:
-            is_writable = False
-        if not is_writable:  # better now than when all is heard
+        from processing.report import make_folder
+
+        if not make_folder(output):  # better now than when all is heard
             raise typer.BadParameter(f"{output} is no folder that can be written to", param_hint="--output")
     sources = {name: name for name in names}
     if "-" in files:

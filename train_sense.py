@@ -466,7 +466,7 @@ def refuse_zero3():
 def require_labels(tasks: dict[str, Task], splits: dict):
     """Raises ValueError where a split has no label for a task: better before the encoder has heard all clips."""
     for split, rows in splits.items():
-        labels = list(rows.select_columns(["text", "entities", "sentiment"]))
+        labels = rows.select_columns(["text", "entities", "sentiment"])
         for name, task in tasks.items():
             if all(task.target(row) is None for row in labels):
                 raise ValueError(f"task {name!r}: not one of the {len(labels)} rows of {split!r} has a label for it")

@@ -143,8 +143,8 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
                         batch = []
                 recording.is_read = True
                 yield None, []
-        except Exception:  # of a generator, too
-            yield None, batch  # what was heard before a bad recording is not lost
+        except Exception:  # whatever a recording or the caller's generator raises goes on to the caller
+            yield None, batch  # what was heard before it is not lost
             raise
         yield None, batch
 

@@ -73,6 +73,15 @@ def save_png(figure: Figure, path: str | os.PathLike):
     os.replace(temporary, path)
 
 
+def make_folder(folder: Path) -> bool:
+    """Makes a folder where there is none; whether it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def write_text(path: Path, content: str):
     """Writes to a temporary name first: a reader never sees half a file."""
     temporary = path.with_suffix(".tmp")

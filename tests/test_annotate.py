@@ -1,6 +1,7 @@
 """annotate_sense.py from a dataset to a dataset: faulty servers, kills, budgets, hostile transcripts."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -140,9 +141,7 @@ def test_errors_that_are_lists_are_errors(unlabelled, tmp_path):
 
 def test_an_answer_that_was_cut_off_gets_more_room(tmp_path):
     text = "one two three four five six seven eight nine ten eleven twelve"
-    at = [text.split().index(word) for word in text.split()]
-    starts = [sum(len(word) + 1 for word in text.split()[:i]) for i in at]
-    entities = [["QUANT", start, len(word)] for start, word in zip(starts, text.split())]
+    entities = [["QUANT", word.start(), len(word[0])] for word in re.finditer(r"\w+", text)]
     answer = TASK.write({"text": text, "entities": entities})
 
     class Cutting(ChatServer):

@@ -288,9 +288,14 @@ class LocalAnnotator(Annotator):
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Reply]:
         chats = [request.messages for request in requests]
-        how = {"padding": True, "return_dict": True, "return_tensors": "pt"}
-        how["enable_thinking"] = False  # for templates that know it
-        inputs = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, **how).to(self.model.device)
+        inputs = self.tokenizer.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            padding=True,
+            return_dict=True,
+            return_tensors="pt",
+            enable_thinking=False,  # for templates that know it
+        ).to(self.model.device)
         attempt = requests[0].attempt
         torch.manual_seed(attempt)
         how = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}

@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+from transformers import WhisperFeatureExtractor
 
 from processing import transcription
 from processing.datasets import load_corpus
@@ -110,8 +112,4 @@ def test_the_decoder_hears_with_a_checkpoint(tiny_whisper, monkeypatch):
 
 
 def fake_processor(source, **kwargs):
-    from types import SimpleNamespace
-
-    from transformers import WhisperFeatureExtractor
-
     return SimpleNamespace(feature_extractor=WhisperFeatureExtractor.from_pretrained(source))
