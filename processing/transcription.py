@@ -77,7 +77,7 @@ def find_recordings(folder: Path) -> dict[str, Path]:
 
 
 def hear(decoder: WhisperDecoder, files: Sequence[Path], language: str | None) -> list[dict]:
-    """Of each file its `text`, as Whisper writes it, and `duration` in seconds, or the `reason` why there is none."""
+    """Of each file its `text`, as Whisper writes it, and `duration` in seconds, or the `reason` why it is not read."""
     clips: dict[Path, np.ndarray] = {}
     found: dict[Path, dict] = {}
     for file in files:
@@ -88,8 +88,7 @@ def hear(decoder: WhisperDecoder, files: Sequence[Path], language: str | None) -
     if clips:
         texts = decoder(list(clips.values()), [language] * len(clips))
         found |= {
-            file: {"text": text, "duration": len(clip) / 16000} if text else {"reason": "nothing was heard"}
-            for (file, clip), text in zip(clips.items(), texts)
+            file: {"text": text, "duration": len(clip) / 16000} for (file, clip), text in zip(clips.items(), texts)
         }
     return [found[file] for file in files]
 
