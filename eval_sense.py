@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import concatenate_datasets
@@ -131,7 +132,10 @@ def _over_processes(dataset, answer: Callable[[list[dict]], list], batch_size: i
 def shuffle_audio(dataset):
     """The same labels, each beside the clip of another row: what a model scores that does not listen."""
     names = [name for name in ("text", "entities", "sentiment") if name in dataset.column_names]
-    labels = dataset.select_columns(names).select([*range(1, len(dataset)), 0])
+    rows = np.random.default_rng(0).permutation(len(dataset))
+    others = np.empty_like(rows)
+    others[rows] = np.roll(rows, -1)  # one cycle through all rows, so that none keeps its own
+    labels = dataset.select_columns(names).select(others)
     return concatenate_datasets([dataset.remove_columns(names), labels], axis=1)
 
 

@@ -414,8 +414,16 @@ def test_shuffling_pairs_every_clip_with_another_text():
     shuffled = eval_sense.shuffle_audio(dataset)
     assert list(shuffled["id"]) == list(dataset["id"])
     assert all(a != b for a, b in zip(dataset["text"], shuffled["text"]))
-    labels = [[list(rows[name]) for name in ("text", "entities", "sentiment")] for rows in (dataset, shuffled)]
-    assert [column[1:] + column[:1] for column in labels[0]] == labels[1]
+    labels = [sorted(zip(rows["text"], map(str, rows["entities"]), rows["sentiment"])) for rows in (dataset, shuffled)]
+    assert labels[0] == labels[1]  # of a row, together
+
+
+def test_shuffling_parts_clips_from_their_class_in_a_corpus_sorted_by_class():
+    dataset = make_corpus(90)
+    classes = ["Negative"] * 30 + ["Neutral"] * 30 + ["Positive"] * 30
+    dataset = dataset.remove_columns("sentiment").add_column("sentiment", classes)
+    same = [a == b for a, b in zip(classes, eval_sense.shuffle_audio(dataset)["sentiment"])]
+    assert 15 < sum(same) < 45  # a third by chance
 
 
 ALL_TASKS = {
