@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None):
     try:
         examples = find_examples(args.examples) if args.examples else None
         model, processor = load_checkpoint(args.model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     pipe = SpokenLanguageUnderstandingPipeline(model=model, processor=processor)
     with tempfile.TemporaryDirectory() as made:

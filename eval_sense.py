@@ -68,7 +68,7 @@ def understand(
             lengths = inputs["pooled_features_mask"].sum(1).tolist()
             inputs["prompts"] = [processor.prompt_ids(n, tasks) for n in lengths]
             seconds = [n * MAX_SECONDS / processor.num_audio_tokens for n in lengths]
-        limits = [TASKS[name].most_tokens(s) for s in seconds for name in tasks]
+        limits = [processor.most_tokens(name, s) for s in seconds for name in tasks]
         constraint = processor.constrain(list(tasks) * len(rows), limits) if constrained else None
         how = answer_settings(limits, constraint)
         answers = model.generate_branches(**inputs.to(model.device), num_beams=num_beams, **how)
@@ -89,7 +89,7 @@ def understand_text(
             prompt = processor.build_prompt(processor.prompts[name])
             texts = [prompt.replace(AUDIO_TOKEN, processor.plain_text(row["text"])) for row in rows]
             inputs = processor(text=texts).to(model.device)
-            limits = [TASKS[name].most_tokens(row["duration"] or MAX_SECONDS) for row in rows]
+            limits = [processor.most_tokens(name, row["duration"] or MAX_SECONDS) for row in rows]
             constraint = processor.constrain([name] * len(rows), limits) if constrained else None
             output = model.generate(**inputs, num_beams=num_beams, **answer_settings(limits, constraint))
             found.append(_decode(processor, output[:, inputs["input_ids"].shape[1] :]))

@@ -264,7 +264,7 @@ def export(
         try:
             folder = export_model(model, output_dir or Path(scratch) / Path(push).name, **how)
             typer.echo(push_model(folder, push, private=private) if push else folder)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _fail(error)
 
 

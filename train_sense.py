@@ -41,14 +41,23 @@ from processing.datasets import first_rows, load_corpus, read_stream
 from processing.encoder_cache import build_cache
 from processing.hub import CARD, start_processes
 from processing.model_card import make_card, record_training
-from processing.questions import EpochSampler, Mixture, Stream, ask_once, count_audio_tokens, spread, usual_length
+from processing.questions import (
+    EpochSampler,
+    Mixture,
+    Stream,
+    ask_once,
+    count_audio_tokens,
+    spread,
+    usual_length,
+    usual_rate,
+)
 from processing.recipe import SenseArguments, parse_recipe
 from processing.report import plot_training, save_png, write_text
 from processing.scoring import score
 from processing.sharding import gather_state, gather_weights, shard_state, whole_weights
 from processing.tasks import SENTIMENTS, TAG_SETS, Task, make_tasks
 from processing.text_as_speech import TextCollator, measure_speech, read_words
-from processing.warm_start import warm_start
+from processing.warm_start import across_processes, warm_start
 
 
 class TimeBudget(TrainerCallback, ExportableState):
@@ -551,7 +560,7 @@ def start_adapter(args: SenseArguments, model, processor, train):
     if PartialState().is_main_process:
         print(f"warm start: {found}", flush=True)
     for parameter in model.model.multi_modal_projector.parameters():
-        parameter.data = broadcast(parameter.data)  # to the last bit
+        parameter.data.copy_(across_processes(broadcast, parameter.data))  # to the last bit
 
 
 def make_collator(args: SenseArguments, model, processor, tasks, train, cache, words: list[str] | None):
@@ -610,6 +619,12 @@ def main(argv: list[str] | None = None) -> dict:
             "push_to_hub: Trainer would upload an adapter without its settings; when it is trained, run "
             f"sense export {training.output_dir} FOLDER --push OWNER/NAME"
         )
+    metric = training.metric_for_best_model or ""
+    if training.greater_is_better and ("wer" in metric or "malformed" in metric):  # transformers knows losses alone
+        raise ValueError(
+            f"greater_is_better: of {metric} the lowest is the best; set greater_is_better: false beside "
+            "metric_for_best_model"
+        )
     if args.max_minutes is not None and 0 < training.warmup_steps < 1:
         raise ValueError(
             f"warmup_steps: {training.warmup_steps} is a share, and under max_minutes nobody knows of how many steps; "
@@ -640,6 +655,7 @@ def main(argv: list[str] | None = None) -> dict:
     audio_tokens = count_audio_tokens(train, train_cache, processor)
     add_classifier(args, model, train)
     processor.chunk_length_s = usual_length(train["duration"])
+    processor.tokens_per_second = usual_rate(train, processor.tokenizer)
     processor.entity_tags = args.entity_tags
 
     if checkpoint is None:

@@ -61,6 +61,7 @@ ADAPTER_FIELDS = ("lora", "classifier", "num_audio_tokens", "audio_tokens")  # o
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj)"  # matched within the language model only, never in Whisper
 AUDIO_INPUTS = ("input_features", "input_features_mask", "pooled_features", "pooled_features_mask")
+WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # arguments of from_pretrained
 
 
 class SenseAdapter(nn.Module):
@@ -195,7 +196,7 @@ class SensePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What is trained stays in fp32 beside a bf16 backbone: Adam's small steps vanish in bf16.
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "lora_A", "lora_B", "classifier"]
-    loaded_revision: str | None = None  # of the Hub, where the processor lies too
+    loaded_how: dict = {}  # of what `from_pretrained` was told, what finds the processor, which lies there too
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -211,7 +212,7 @@ class SensePreTrainedModel(PreTrainedModel):
             asked = kwargs["quantization_config"] = of_language_model(asked)
         loaded = load_safely(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.loaded_revision = kwargs.get("revision")
+        model.loaded_how = {name: kwargs[name] for name in WHERE if name in kwargs}
         if asked is not None and model.quantization != name_of(asked):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds {model.quantization} weights: it can't be loaded as "
@@ -292,8 +293,10 @@ class SenseModel(SensePreTrainedModel):
             raise ValueError("this model's encoder was detached: give pooled_features, or attach_encoder() first")
         features = input_features.to(self.audio_tower.conv1.weight.dtype)
         encoded = self.audio_tower(features, return_dict=True, **kwargs)
+        if input_features_mask is None:
+            return encoded, None
         # The encoder's second convolution has stride 2: frame i starts at mel step 2 i.
-        return encoded, None if input_features_mask is None else input_features_mask[:, ::2]
+        return encoded, input_features_mask[:, ::2].to(encoded.last_hidden_state.device)
 
     def get_pooled_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
@@ -357,7 +360,7 @@ class SenseModel(SensePreTrainedModel):
                 f"features: {audio_features.shape[0]}. Let SenseProcessor expand {AUDIO_TOKEN}."
             ),
         )
-        return mask.unsqueeze(-1)
+        return mask.unsqueeze(-1).to(inputs_embeds.device)  # of a model over several devices
 
     @can_return_tuple
     def forward(
@@ -546,7 +549,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                 "generate() got audio features and no prompt; make inputs with SenseProcessor.apply_request(), or use "
                 'pipeline("spoken-language-understanding", model=...) in place of "automatic-speech-recognition"'
             )
-        kwargs["input_ids"] = input_ids
+        kwargs = self._at_home(kwargs | {"input_ids": input_ids})
+        input_ids = kwargs["input_ids"]
         if self._has_read_audio(kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in AUDIO_INPUTS}
         if kwargs.get("input_features") is not None:
@@ -568,6 +572,15 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
                     f"{copies} sequences takes one clip a prompt; use the default cache."
                 )
         return super().generate(generation_config=generation_config, **kwargs)
+
+    def _at_home(self, inputs: dict) -> dict:
+        """
+        Inputs where the model is: `generate` of transformers takes them from the CPU. Of a model on the disk the parts
+        fetch them.
+        """
+        if self.device.type == "meta":
+            return inputs
+        return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
     def _has_read_audio(self, kwargs: dict) -> bool:
         """Whether all placeholders of the prompts stand in the part that a given cache holds."""
@@ -662,16 +675,19 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             )
         if not config.use_cache:
             kwargs["use_cache"] = True
+        given = (input_features, input_features_mask, pooled_features, pooled_features_mask)
+        audio = self._at_home(dict(zip(AUDIO_INPUTS, given)))
         if input_features is not None:
-            pooled_features, pooled_features_mask = self.model.get_pooled_features(input_features, input_features_mask)
+            pooled = self.model.get_pooled_features(audio["input_features"], audio["input_features_mask"])
+        else:
+            pooled = audio["pooled_features"], audio["pooled_features_mask"]
         shared = [_common_beginning(of_clip) for of_clip in prompts]
         if not all(shared):
             raise ValueError("the prompts of a clip begin with different tokens: put the audio first")
         pad = config.pad_token_id if config.pad_token_id is not None else 0
-        device = self.device if pooled_features is None else pooled_features.device  # placed models' own is none
+        device = self.device if pooled[0] is None else pooled[0].device  # placed models' own is none
         ids, mask = _pad_left([of_clip[0][:n] for of_clip, n in zip(prompts, shared)], pad, device)
-        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
-        cache = self._read_into_cache(ids, mask, **audio)
+        cache = self._read_into_cache(ids, mask, pooled_features=pooled[0], pooled_features_mask=pooled[1])
         rest = [prompt[n:] for of_clip, n in zip(prompts, shared) for prompt in of_clip]
         rest_ids, rest_mask = _pad_left(rest, pad, device)
         # Padding between beginning and rest: masked, and not counted in the positions.
@@ -743,12 +759,8 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         if processor is None:
             # Code that came with the model is trusted already.
             from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
-            processor = AutoProcessor.from_pretrained(
-                self.name_or_path, revision=self.loaded_revision, trust_remote_code=from_hub
-            )
+            processor = AutoProcessor.from_pretrained(self.name_or_path, **self.loaded_how, trust_remote_code=from_hub)
         inputs = processor.apply_requests(audio, tasks, sampling_rate)
-        if self.device.type != "meta":  # of a model on the disk, whose parts fetch their inputs
-            inputs = inputs.to(self.device)
         answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
         return {task: [of_clip[t].strip() for of_clip in texts] for t, task in enumerate(tasks)}

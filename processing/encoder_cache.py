@@ -1,5 +1,6 @@
 """The frozen encoder's pooled output, computed once and kept on disk: training from it skips the encoder."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -179,21 +180,30 @@ def clean_up(folder: Path):
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def on_device(module: torch.nn.Module, device):
+    """A part of a model is there within, and afterwards where it was."""
+    home = next(module.parameters()).device
+    with torch.inference_mode(False):  # in it, a weight that is moved could not be trained any more
+        module.to(device)
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            module.to(home)
+
+
 @torch.inference_mode()
 def _encode(model, processor, dataset, group, batch_size: int, bar: tqdm) -> Iterator[torch.Tensor]:
     """Features `(tokens, d_model)` of the clips of a group of `(key, row, speed)`, on the CPU."""
-    tower, device = model.model.audio_tower, PartialState().device
-    home = next(tower.parameters()).device
-    tower.to(device)
-    try:
+    device = PartialState().device
+    with on_device(model.model.audio_tower, device):
         for first in range(0, len(group), batch_size):
             part = group[first : first + batch_size]
             waves = [_at_speed(load_audio(dataset[row]["audio"]), speed) for _, row, speed in part]
             pooled, mask = model.model.get_pooled_features(**processor.audio_features(waves).to(device))
             yield from (clip[valid].cpu() for clip, valid in zip(pooled, mask))
             bar.update(len(part))
-    finally:
-        tower.to(home)
 
 
 def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:

@@ -81,6 +81,9 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         is_theirs = type(inputs).__module__.partition(".")[0] == "datasets" and not isinstance(inputs, dict)
         if is_theirs and not hasattr(inputs, "get_all_samples"):
             inputs = (row["audio"] if isinstance(row, dict) and "audio" in row else row for row in inputs)
+        elif hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not hasattr(inputs, "__iter__"):
+            rows = inputs
+            inputs = (rows[i] for i in range(len(rows)))  # torch's datasets: read on, one may never end
         return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
@@ -200,11 +203,13 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
     def _ask(self, task: str, audio: dict, lengths: list[int], generate_kwargs: dict, constrained: bool) -> list[dict]:
         """The words of each clip and, from "ner", its entities."""
         seconds = [n * MAX_SECONDS / self.processor.num_audio_tokens for n in lengths]
-        limits = [TASKS[task].most_tokens(s) for s in seconds]
+        limits = [self.processor.most_tokens(task, s) for s in seconds]
         prompts = [self.processor.prompt_ids(n, [task]) for n in lengths]
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
-        if "max_new_tokens" in generate_kwargs:
-            limits = [generate_kwargs["max_new_tokens"]] * len(limits)
+        most = generate_kwargs.get("max_new_tokens")
+        if most is None and (config := generate_kwargs.get("generation_config")) is not None:
+            most = config.max_new_tokens
+        limits = limits if most is None else [most] * len(limits)
         constraint = self.processor.constrain([task] * len(prompts), limits) if constrained else None
         answers = self.model.generate_branches(
             prompts, **audio, **answer_settings(limits, constraint, **generate_kwargs)
@@ -301,8 +306,10 @@ def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None
     For `generate`: greedy, or what is `asked` for; each row's answer bounded by its own limit, in tokens, and kept to
     its grammar by what `SenseProcessor.constrain` makes, if that is given: after processors of the caller's own.
     """
-    settings: dict = {"do_sample": False, "max_new_tokens": max(limits), "stopping_criteria": [AnswerLimits(limits)]}
-    settings |= asked
+    config = asked.get("generation_config")
+    settings: dict = {"do_sample": False, "max_new_tokens": max(limits)}
+    settings = {name: value for name, value in settings.items() if getattr(config, name, None) is None}
+    settings |= {"stopping_criteria": [AnswerLimits(limits)], **asked}
     if constraint is not None:
         settings["logits_processor"] = [*settings.get("logits_processor", ()), constraint]
     return settings

@@ -5,6 +5,7 @@ needed for resampling only.
 
 import copy
 import io
+import math
 import os
 import time
 import urllib.request
@@ -22,7 +23,7 @@ from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchF
 from transformers.processing_utils import ProcessorMixin
 
 from .constrained import GrammarConstraint
-from .tasks import TAG_SETS, TASKS
+from .tasks import ENGLISH_RATE, TAG_SETS, TASKS
 
 
 if TYPE_CHECKING:
@@ -283,10 +284,12 @@ class SenseProcessor(ProcessorMixin):
         chunk_length_s: the length of clips that the model is used to, in seconds. Pipelines cut longer recordings.
         entity_tags: the tag set that the model was trained on, `"combined"` or `"raw"`: constrained decoding keeps to
             it.
+        tokens_per_second: the tokenizer's tokens in a second of the speech that the model was trained on. Longer
+            answers are allowed where it is above English's.
 
     Raises:
-        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens`, `chunk_length_s` or
-            `entity_tags` is out of range.
+        ValueError: `<|audio|>` is not in the vocabulary, or `num_audio_tokens`, `audio_tokens`, `chunk_length_s`,
+            `entity_tags` or `tokens_per_second` is out of range.
     """
 
     text_kwargs = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -301,6 +304,7 @@ class SenseProcessor(ProcessorMixin):
         prompts: dict[str, str] | None = None,
         chunk_length_s: float = MAX_SECONDS,
         entity_tags: str = "combined",
+        tokens_per_second: float = ENGLISH_RATE,
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"tokenizer: {AUDIO_TOKEN} is not in its vocabulary; use SenseProcessor.from_backbones")
@@ -312,8 +316,11 @@ class SenseProcessor(ProcessorMixin):
         check_chunk_length(chunk_length_s)
         if entity_tags not in TAG_SETS:
             raise ValueError(f"entity_tags {entity_tags!r}: give one of {', '.join(TAG_SETS)}")
+        if not 0 < tokens_per_second < math.inf:
+            raise ValueError(f"tokens_per_second {tokens_per_second}: give a number above 0")
         self.chunk_length_s = chunk_length_s
         self.entity_tags = entity_tags
+        self.tokens_per_second = tokens_per_second
         self.num_audio_tokens = num_audio_tokens
         self.audio_tokens = audio_tokens
         self.prompts = dict(prompts or PROMPTS)
@@ -386,12 +393,12 @@ class SenseProcessor(ProcessorMixin):
         features["input_features_mask"] = features.pop("attention_mask")
         return features
 
-    def __call__(self, audio=None, text=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
+    def __call__(self, text=None, audio=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
         """
         Args:
-            audio: one clip or a list of clips, each as `load_audio` takes it.
             text: one text or a list; together they hold one `<|audio|>` for each clip, in the same order.
-            sampling_rate: rate of the clips that are arrays, in Hz; 16000 if not given.
+            audio: one clip or a list of clips, each as `load_audio` takes it.
+            sampling_rate: rate of the clips that are arrays, in Hz, also as one of `audio_kwargs`; 16000 if not given.
             kwargs: for the tokenizer, such as `max_length` and `truncation`; `return_tensors` is "pt" by default.
 
         Returns:
@@ -404,8 +411,9 @@ class SenseProcessor(ProcessorMixin):
         """
         clips = None
         if audio is not None:
+            told = _take_rate(kwargs) if sampling_rate is None else sampling_rate
             rate = self.feature_extractor.sampling_rate
-            clips = [load_audio(clip, sampling_rate, target=rate) for clip in as_clips(audio)]
+            clips = [load_audio(clip, told, target=rate) for clip in as_clips(audio)]
         return super().__call__(audio=clips, text=text, **kwargs)
 
     def validate_inputs(self, audio=None, text=None, **kwargs) -> None:
@@ -473,7 +481,7 @@ class SenseProcessor(ProcessorMixin):
             )
         return prompt
 
-    def apply_request(self, audios, task: str = "asr", sampling_rate: int | None = None) -> BatchFeature:
+    def apply_request(self, audio, task: str = "asr", sampling_rate: int | None = None) -> BatchFeature:
         """
         Model inputs (see `__call__`) that put the question of `task` to each clip, one clip or a list, in one batch.
 
@@ -481,11 +489,11 @@ class SenseProcessor(ProcessorMixin):
             ValueError: the model was not trained for the task: `prompts` does not have it.
         """
         prompt = self.build_prompt(self._prompt_of(task))
-        clips = as_clips(audios)
+        clips = as_clips(audio)
         text = [prompt] * len(clips)
         return self(audio=clips, text=text, sampling_rate=sampling_rate)
 
-    def apply_requests(self, audios, tasks, sampling_rate: int | None = None) -> BatchFeature:
+    def apply_requests(self, audio, tasks, sampling_rate: int | None = None) -> BatchFeature:
         """
         Inputs of the model's `generate_branches`, which puts the questions of several tasks to each clip at once.
 
@@ -496,7 +504,7 @@ class SenseProcessor(ProcessorMixin):
             ValueError: the model was not trained for a task: `prompts` does not have it.
         """
         rate = self.feature_extractor.sampling_rate
-        features = self.audio_features([load_audio(clip, sampling_rate, target=rate) for clip in as_clips(audios)])
+        features = self.audio_features([load_audio(clip, sampling_rate, target=rate) for clip in as_clips(audio)])
         lengths = features["input_features_mask"].sum(-1).tolist()
         features["prompts"] = [self.prompt_ids(self._num_tokens_of_mel(n), tasks) for n in lengths]
         return features
@@ -530,14 +538,27 @@ class SenseProcessor(ProcessorMixin):
         grammars = [TASKS[task].grammar(TAG_SETS[self.entity_tags]) for task in tasks]
         return GrammarConstraint(grammars, self.tokenizer, limits)
 
+    def most_tokens(self, task: str, seconds: float) -> int:
+        """Bound on the answer to a task about a clip of so many seconds (`Task.most_tokens`)."""
+        return TASKS[task].most_tokens(seconds, self.tokens_per_second)
+
     def apply_transcription_request(
-        self, audios, prompt: str | None = None, sampling_rate: int | None = None
+        self, audio, prompt: str | list[str] | None = None, sampling_rate: int | None = None
     ) -> BatchFeature:
-        """As transformers' audio models have it: `apply_request` for the transcript, or for a `prompt` of your own."""
+        """
+        As transformers' audio models have it: `apply_request` for the transcript, or for a `prompt` of your own, one
+        for all clips or one for each.
+
+        Raises:
+            ValueError: other than one prompt a clip.
+        """
         if prompt is None:
-            return self.apply_request(audios, "asr", sampling_rate)
-        clips = as_clips(audios)
-        return self(audio=clips, text=[self.build_prompt(prompt)] * len(clips), sampling_rate=sampling_rate)
+            return self.apply_request(audio, "asr", sampling_rate)
+        clips = as_clips(audio)
+        prompts = [prompt] * len(clips) if isinstance(prompt, str) else prompt
+        if len(prompts) != len(clips):
+            raise ValueError(f"prompt: {len(prompts)} for {len(clips)} clips; give one, or one a clip")
+        return self(audio=clips, text=[self.build_prompt(each) for each in prompts], sampling_rate=sampling_rate)
 
     def apply_chat_template(
         self, conversation, chat_template: str | None = None, tokenize: bool = False, sampling_rate=None, **kwargs
@@ -562,7 +583,8 @@ class SenseProcessor(ProcessorMixin):
         self._check_conversation(conversation)
         if tokenize:
             processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-            sampling_rate = processor_kwargs.pop("sampling_rate", sampling_rate)
+            told = _take_rate(processor_kwargs)
+            sampling_rate = sampling_rate if told is None else told
             kwargs["processor_kwargs"] = processor_kwargs
             conversation = self._load_conversation(conversation, sampling_rate)
         return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
@@ -615,6 +637,15 @@ class SenseProcessor(ProcessorMixin):
 
 
 SenseProcessor.register_for_auto_class()
+
+
+def _take_rate(kwargs: dict) -> int | None:
+    """Of clips that are arrays, taken out of where it may stand: they are loaded by it, once."""
+    nested = dict(kwargs.get("audio_kwargs") or {})
+    found = [kwargs.pop("sampling_rate", None), nested.pop("sampling_rate", None)]
+    if "audio_kwargs" in kwargs:
+        kwargs["audio_kwargs"] = nested
+    return next((rate for rate in found if rate is not None), None)
 
 
 def check_chunk_length(seconds: float):

@@ -11,8 +11,11 @@ from datasets.distributed import split_dataset_by_node
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .bad_rows import BadRows, without_verdict
-from .processing_sense import MAX_SECONDS, text_ids
-from .tasks import mix
+from .processing_sense import MAX_SECONDS, load_audio, text_ids
+from .tasks import ENGLISH_RATE, mix
+
+
+RATED_CLIPS = 100  # that a corpus' rate of speech is measured on
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -146,6 +149,14 @@ def usual_length(durations: list[float | None]) -> float:
     return min(MAX_SECONDS, max(1, math.ceil(np.percentile(known, 75)))) if known else MAX_SECONDS
 
 
+def usual_rate(rows, tokenizer) -> float:
+    """An LLM's tokens in a second of speech: the median of rows with words, of which some are listened to."""
+    some = spread(rows, RATED_CLIPS)
+    tokens = map(len, text_ids(list(some["text"]), tokenizer))
+    rates = [16000 * number / len(load_audio(clip)) for number, clip in zip(tokens, some["audio"]) if number]
+    return float(np.median(rates)) if rates else ENGLISH_RATE
+
+
 def count_answer_tokens(labels: list[dict], task, tokenizer) -> list[int]:
     """Of each row's answer to a task, 0 where it has none. With the clip's, what batches are grouped by."""
     answers = [task.target(row) or "" for row in labels]
@@ -173,4 +184,5 @@ __all__ = [
     "count_audio_tokens",
     "spread",
     "usual_length",
+    "usual_rate",
 ]

@@ -134,6 +134,9 @@ class SenseArguments:
     )
 
     def __post_init__(self):
+        for known in dataclasses.fields(self):
+            if known.default is None and getattr(self, known.name) in ("none", "None", ""):  # YAML's is null
+                setattr(self, known.name, None)
         if not self.dataset_dir:
             raise ValueError("dataset_dir is missing: name the data in the recipe or with --dataset_dir")
         if self.encoder_cache is None and (self.speeds != [1.0] or self.time_mask or self.time_stretch):

@@ -2,6 +2,7 @@
 
 import bisect
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 
 import jiwer
@@ -25,10 +26,12 @@ FEWEST = 5
 
 def plain(text: str) -> str:
     """
-    Lower case, letters, digits and apostrophes alone: how the entities of every system are compared. Marks that SLUE
-    drops are dropped ("u.s." is "us"), others part words.
+    Lower case, letters with their marks, digits and apostrophes alone: how the entities of every system are compared.
+    Punctuation that SLUE drops is dropped ("u.s." is "us"), other parts words.
     """
-    return " ".join(re.sub(r"[^\w' ]|_", " ", re.sub(r"[.,!?;]", "", text.lower())).split())
+    text = re.sub(r"[.,!?;]", "", unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'"))
+    # By category, because re's \w has not the vowel signs of Indic scripts: it would part words at them.
+    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
 
 def normalize(text: str, language: str | None = None) -> str:

@@ -36,6 +36,7 @@ COMBINED_TAGS = tuple(dict.fromkeys(RAW_TO_COMBINED.values()))
 TAG_SETS = {"raw": RAW_TAGS, "combined": COMBINED_TAGS}
 ALL_TAGS = tuple(sorted({*RAW_TAGS, *COMBINED_TAGS}))  # no set: `datasets` would hash it differently in each process
 SENTIMENTS = ("Negative", "Neutral", "Positive")
+ENGLISH_RATE = 3.5  # an LLM's tokens in a second of English speech, at most
 
 Entity = list  # [tag, first character, number of characters]
 
@@ -58,7 +59,7 @@ class Task:
     name: ClassVar[str]
     label: ClassVar[str]  # column of the schema that a row must have filled to be scored
     classes: ClassVar[tuple[str, ...] | None] = None  # the answers, where they are few
-    tokens_per_second: ClassVar[int] = 0  # of speech: more than a true answer needs
+    tokens_per_second: ClassVar[int] = 0  # of English speech: more than a true answer needs
 
     def target(self, row: dict) -> str | None:
         """The answer to learn for a row of the project's schema; None where the row has no label for this task."""
@@ -77,9 +78,12 @@ class Task:
         return None if cls.classes is None else OneOf(cls.classes)
 
     @classmethod
-    def most_tokens(cls, seconds: float) -> int:
-        """Bound on the answer to a clip of so many seconds, for answers that do not end by themselves."""
-        return 16 + int(cls.tokens_per_second * seconds)
+    def most_tokens(cls, seconds: float, rate: float = ENGLISH_RATE) -> int:
+        """
+        Bound on the answer to a clip of so many seconds, for answers that do not end by themselves. `rate` is how many
+        tokens a second of speech usually has: in other scripts several times as many as in English.
+        """
+        return 16 + int(cls.tokens_per_second * max(1.0, rate / ENGLISH_RATE) * seconds)
 
 
 class TranscriptTask(Task):

@@ -124,7 +124,8 @@ def measure_speech(model, processor, dataset, whisper: str | os.PathLike) -> Tex
     Measures the formula on the first clips of `dataset`, at most `MOST_CLIPS`; processes share them. `whisper` is as
     for `warm_start`.
     """
-    aligner, clips = WordAligner.from_pretrained(whisper, model.device), min(len(dataset), MOST_CLIPS)
+    aligner = WordAligner.from_pretrained(whisper, PartialState().device)
+    clips = min(len(dataset), MOST_CLIPS)
     heard = list(heard_clips(model, processor, aligner, dataset, clips, "what words sound like"))
     heard = gather_object(heard) if PartialState().num_processes > 1 else heard
     embeddings = model.get_input_embeddings().weight

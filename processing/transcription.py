@@ -30,7 +30,8 @@ from .scoring import plain
 from .warm_start import whisper_language
 
 
-SUFFIXES = {".flac", ".mp3", ".ogg", ".opus", ".wav"}
+# Of recordings; those that can't be read here are rejected by name, not passed over.
+SUFFIXES = {".aac", ".aif", ".aiff", ".amr", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".webm", ".wma"}
 
 
 class WhisperDecoder:

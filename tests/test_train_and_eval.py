@@ -22,11 +22,11 @@ import modeling_sense.modeling_sense
 import train_sense
 from benchmarks import slam_asr
 from modeling_sense import QUANTIZATIONS, SenseModel
-from processing import report
+from processing import SenseProcessor, report
 from processing.collator import SenseCollator
 from processing.datasets import load_corpus
 from processing.hub import export_model, load_checkpoint
-from processing.questions import Mixture, spread, usual_length
+from processing.questions import Mixture, spread, usual_length, usual_rate
 from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, tone, wav, write_corpus
@@ -307,6 +307,8 @@ def test_training_on_a_gguf_file(recipe, tiny_gguf, tmp_path):
         ),
         ("dataset_dir: x\ntext_as_speech: book.txt\nclassifier: sa", "train the task asr, without a classifier"),
         ("dataset_dir: x\ntext_as_speech: book.txt\nwarm_start: false", "begins from the warm start: leave it on"),
+        ("dataset_dir: none", "dataset_dir is missing"),
+        ("dataset_dir: x\nencoder_cache: none\ntime_mask: 0.1", "set encoder_cache to a folder"),
         ("dataset_dir: x\nquantize: int3", "quantize: give int8 or int4, found 'int3'"),
         ("dataset_dir: x\nclassifier: words", "classifier: give ner or sa, found 'words'"),
         (
@@ -327,6 +329,13 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         train_sense.parse_recipe([str(path)])
+
+
+@pytest.mark.parametrize("metric", ["eval_wer", "eval_ner_malformed_rate"])
+def test_the_highest_wer_is_not_kept_as_the_best(recipe, metric):
+    fields = {"metric_for_best_model": metric, "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match=f"of {metric} the lowest is the best; set greater_is_better: false"):
+        train_sense.main([recipe(**fields)])
 
 
 def test_missing_recipe_is_named():
@@ -693,10 +702,12 @@ def test_torchrun_starts_the_script(recipe, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_what_a_run_tells_those_who_ask_its_model(recipe, tmp_path):
+def test_what_a_run_tells_those_who_ask_its_model(recipe, corpus, tmp_path):
     assert usual_length([2.0, 4.0, 6.0, 8.0, None]) == 7  # 6.5 s is the third quartile
     assert usual_length([0.3]) == 1 and usual_length([200.0]) == 30
     assert usual_length([None]) == 30
     train_sense.main([recipe(entity_tags="raw"), "--max_steps", "1"])
     saved = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert saved["chunk_length_s"] == 2 and saved["entity_tags"] == "raw"
+    processor = SenseProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokens_per_second == usual_rate(load_corpus(corpus, "train"), processor.tokenizer)

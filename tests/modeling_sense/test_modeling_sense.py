@@ -364,6 +364,8 @@ def test_understand_finds_the_processor_beside_the_model(sense, tmp_path):
     )
     with pytest.raises(ValueError, match="no prompt for task 'poem'; this model was trained for"):
         loaded.understand(clip, ["poem"])
+    of_many = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path.parent, subfolder=tmp_path.name).eval()
+    assert of_many.understand(clip, max_new_tokens=5) == answers
 
 
 @pytest.mark.parametrize(

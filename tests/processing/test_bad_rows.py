@@ -31,6 +31,15 @@ ONE = np.ones(8000, np.float32)
 
 
 @pytest.mark.parametrize(
+    "text, kind", [("ann", None), ("7", None), ("में", None), (" ", "empty_text"), ("...", "empty_text")]
+)
+def test_texts(text, kind):
+    found = BadRows("skip", training=True)._judge(text, None)
+    assert (found and found["kind"]) == kind
+    assert BadRows("skip")._judge(text, None) is None  # to say nothing can be right
+
+
+@pytest.mark.parametrize(
     "samples, how, kind",
     [
         (tone(0.5), {}, None),

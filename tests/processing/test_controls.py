@@ -113,7 +113,7 @@ def test_installed_model_comes_first(monkeypatch):
 def test_neither_installed_nor_to_be_fetched(monkeypatch, not_installed):
     failed = backbones.subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(backbones.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(OSError) as error:
         SpacyTagger.from_pretrained()
     for part in (
         "en_core_web_sm is not installed",

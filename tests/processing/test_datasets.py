@@ -368,10 +368,28 @@ def test_a_file_that_was_put_back_is_found(hub_like, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_csv_names_files(tmp_path, streaming):
     soundfile.write(tmp_path / "x.wav", tone(0.5), 16000)
-    (tmp_path / "table").mkdir()
-    (tmp_path / "table" / "train.csv").write_text(f"sound,normalized_text\n{tmp_path / 'x.wav'},ann\n")
-    (row,) = load_corpus(tmp_path / "table", "train", streaming=streaming, **COLUMNS)
-    assert (row["id"], row["text"], row["duration"]) == ("x", "ann", 0.5)
+    (tmp_path / "table" / "clips").mkdir(parents=True)
+    soundfile.write(tmp_path / "table" / "clips" / "y.wav", tone(0.25), 16000)
+    table = f"sound,normalized_text\n{tmp_path / 'x.wav'},ann\nclips/y.wav,bob\n"  # as a whole, and from the folder
+    (tmp_path / "table" / "train.csv").write_text(table)
+    rows = load_corpus(tmp_path / "table", "train", streaming=streaming, **COLUMNS)
+    found = [(row["id"], row["text"], row["duration"]) for row in rows]
+    assert found == [("x", "ann", 0.5), ("y", "bob", 0.25)]
+
+
+def test_rows_of_metadata_are_parts_of_a_recording(tmp_path):
+    recording = tone(3.0, seed=3)
+    (tmp_path / "train").mkdir()
+    soundfile.write(tmp_path / "train" / "long.wav", recording, 16000)
+    lines = [
+        {"file_name": "long.wav", "id": str(start), "text": "well", "start_second": start, "end_second": start + 1}
+        for start in (0.0, 1.5)
+    ]
+    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = list(load_corpus(tmp_path, "train"))
+    assert [row["duration"] for row in rows] == [1, 1]
+    for row, start in zip(rows, (0, 24000)):
+        np.testing.assert_allclose(load_audio(row["audio"]), recording[start : start + 16000], atol=2e-4)  # 16 bits
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
@@ -123,6 +123,15 @@ def test_batches_generators_and_datasets_give_what_singles_give(pipe):
         assert [found["duration"] for found in pipe(of_datasets, **how)] == rows["duration"]
     assert pipe([]) == []
 
+    class Endless:  # as datasets of torch may be: no error behind the last one
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return clips[index % 2]
+
+    assert [found["text"] for found in pipe(Endless(), **how)] == [found["text"] for found in single[:2]]
+
 
 @pytest.mark.parametrize("asked", [5, 300, None])
 def test_max_new_tokens_that_are_asked_for_count(pipe, monkeypatch, asked):
@@ -131,6 +140,15 @@ def test_max_new_tokens_that_are_asked_for_count(pipe, monkeypatch, asked):
     pipe(tone(0.5), return_sentiment=False, generate_kwargs={"max_new_tokens": asked})
     expected = asked or TASKS["ner"].most_tokens(0.6)
     assert seen[0]["stopping_criteria"][0].limits.tolist() == [expected] == [seen[0]["max_new_tokens"]]
+
+
+def test_a_generation_config_counts(pipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipe.model, "generate_branches", lambda *a, **k: seen.append(k) or [[torch.tensor([1])]])
+    config = GenerationConfig(do_sample=True, max_new_tokens=5)
+    pipe(tone(0.5), return_sentiment=False, generate_kwargs={"generation_config": config})
+    assert seen[0]["generation_config"] is config and not seen[0].keys() & {"do_sample", "max_new_tokens"}
+    assert seen[0]["stopping_criteria"][0].limits.tolist() == [5]
 
 
 def test_words_end_with_the_recording(said, monkeypatch):

@@ -295,6 +295,8 @@ def test_padding_and_truncation_are_for_the_text_alone(processor):
 def test_sampling_rate_is_of_the_arrays(processor, wav):
     batch = processor(audio=[wav, tone(2.0, rate=8000)], text=AUDIO_TOKEN * 2, sampling_rate=8000)
     assert batch["input_features_mask"].sum(1).tolist() == [100, 200]
+    nested = processor(AUDIO_TOKEN, tone(2.0, rate=8000), audio_kwargs={"sampling_rate": 8000})
+    assert nested["input_features_mask"].sum() == 200
 
 
 def test_audio_alone_and_text_alone(processor):
@@ -372,6 +374,11 @@ def test_transcription_request_is_the_prompt_with_the_clip(processor):
     assert equal(default, processor(audio=tone(1.0), text=processor.build_prompt(processor.prompts["asr"])))
     at_8k = processor.apply_transcription_request([tone(1.0, rate=8000)], sampling_rate=8000)
     assert at_8k["input_features_mask"].sum() == 100
+    clips = [tone(1.0), tone(0.5)]
+    several = processor.apply_transcription_request(audio=clips, prompt=["Say it.", "Say."])
+    assert equal(several, processor(audio=clips, text=[PROMPT, PROMPT.replace(" it", "")]))
+    with pytest.raises(ValueError, match="prompt: 1 for 2 clips; give one, or one a clip"):
+        processor.apply_transcription_request(clips, prompt=["Say it."])
 
 
 @pytest.mark.parametrize(
@@ -403,6 +410,8 @@ def test_chat_resamples_once(processor):
     assert batch["input_features_mask"].sum() == 100
     nested = processor.apply_chat_template(conversation, processor_kwargs={"sampling_rate": 8000}, **options)
     assert equal(batch, nested)
+    deeper = {"audio_kwargs": {"sampling_rate": 8000}}
+    assert equal(batch, processor.apply_chat_template(conversation, processor_kwargs=deeper, **options))
 
 
 def test_chat_of_several_turns_and_conversations(processor):

@@ -180,6 +180,11 @@ def test_answers_are_bounded_by_the_length_of_the_clip():
     assert set(SENTIMENTS) == {"Negative", "Neutral", "Positive"}
 
 
+def test_the_bound_grows_with_what_a_script_takes():
+    bounds = [TASKS["asr"].most_tokens(20, rate) for rate in (2, 3.5, 7, 16.3)]
+    assert bounds == [156, 156, 296, 668]
+
+
 @pytest.mark.parametrize(
     "trained, commands",
     [

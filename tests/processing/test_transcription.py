@@ -17,13 +17,14 @@ from tests.conftest import tone
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Five of them: four can be read, one of these is 31 s long."""
+    """Six of them: four can be read, one of these is 31 s long."""
     folder = tmp_path / "recordings"
     (folder / "deep" / "er").mkdir(parents=True)
     for i, name in enumerate(("a.wav", "b.flac", "deep/er/c.wav")):
         soundfile.write(folder / name, tone(0.5 + i / 4, seed=i), 16000)
     soundfile.write(folder / "long.wav", np.zeros(31 * 16000, np.float32), 16000)
     (folder / "broken.wav").write_text("no audio")
+    (folder / "phone.m4a").write_text("nor read here")
     (folder / "notes.txt").write_text("no recording")
     return folder
 
@@ -53,14 +54,15 @@ def run(recordings, out, *more):
 
 def test_a_split_to_train_on(recordings, heard, tmp_path):
     out = tmp_path / "data" / "train"
-    assert run(recordings, out, "--language", "de", "--batch_size", "2") == {"heard": 2, "rejected": 3}
+    assert run(recordings, out, "--language", "de", "--batch_size", "2") == {"heard": 2, "rejected": 4}
     rows = load_corpus(tmp_path / "data", "train")
     assert rows["text"] == ["anna left moscow", "it's ten o'clock"] and rows["id"] == ["a.wav", "b.flac"]
     assert rows["duration"] == [0.5, 0.75] and rows["language"] == ["de", "de"] and rows["entities"] == [None, None]
     assert [row["path"] for row in rows["audio"]] and sorted(heard[1]) == [(5, "de"), (7, "de"), (10, "de")]
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     reasons = {line["file"].rpartition("/")[2]: line["reason"] for line in rejected}
-    assert "not readable as audio" in reasons["broken.wav"] and "30" in reasons["long.wav"]
+    assert all("not readable as audio" in reasons[name] for name in ("broken.wav", "phone.m4a"))
+    assert "30" in reasons["long.wav"]
     assert reasons["c.wav"] == "nothing was heard"  # marks alone
     assert {path.name for path in out.iterdir()} == {"metadata.jsonl", "rejected.jsonl"}
     with pytest.raises(ValueError, match="holds a metadata.jsonl: choose another --output"):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from modeling_sense import SenseForConditionalGeneration
@@ -11,6 +12,7 @@ from processing import SenseProcessor, load_audio
 from processing.warm_start import (
     RidgeRegression,
     WordAligner,
+    across_processes,
     speech_and_tokens,
     spoken_tokens,
     warm_start,
@@ -39,6 +41,17 @@ def test_ridge_regression_of_noise_explains_nothing():
     weight, bias, r2 = regression.solve(1e-3)
     assert abs(r2) < 0.01 and weight.abs().max() < 0.1
     torch.testing.assert_close(bias, torch.full((2,), 7.0, dtype=bias.dtype), atol=0.1, rtol=0)
+
+
+def test_what_processes_exchange_is_where_their_network_takes_it(monkeypatch):
+    PartialState()  # which all share
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+
+    def add(tensors, kind):
+        assert kind == "sum" and all(tensor.is_meta for tensor in tensors.values())
+        return {name: torch.ones(tensor.shape) for name, tensor in tensors.items()}
+
+    assert across_processes(add, {"rows": torch.tensor(3)}, "sum") == {"rows": torch.tensor(1.0)}
 
 
 @pytest.fixture
