@@ -10,6 +10,7 @@ last checkpoint when started again.
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -620,7 +621,9 @@ def main(argv: list[str] | None = None) -> dict:
             f"sense export {training.output_dir} FOLDER --push OWNER/NAME"
         )
     metric = training.metric_for_best_model or ""
-    if training.greater_is_better and ("wer" in metric or "malformed" in metric):  # transformers knows losses alone
+    if training.greater_is_better and re.search(
+        r"(^|_)(wer|malformed)(_|$)", metric
+    ):  # transformers knows losses alone
         raise ValueError(
             f"greater_is_better: of {metric} the lowest is the best; set greater_is_better: false beside "
             "metric_for_best_model"

@@ -718,9 +718,10 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Returns:
             the log-probability of each choice, `(clips, choices)`.
         """
-        device = self.device if pooled_features is None else pooled_features.device
+        given = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
+        audio = self._at_home(given)
+        device = self.device if pooled_features is None else audio["pooled_features"].device
         ids, mask = _pad_left(prompts, 0, device)
-        audio = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
         cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
         cache.batch_repeat_interleave(len(choices))
         length = max(map(len, choices))
@@ -748,7 +749,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             tasks: names of the processor's prompts.
             processor: the model's `SenseProcessor`; by default the one that was saved beside the model.
             sampling_rate: of clips that are arrays, in Hz; 16000 if not given.
-            kwargs: as for `generate`; `max_new_tokens` is 384 by default, more than 30 s of speech need.
+            kwargs: as for `generate`; `max_new_tokens` is the processor's `longest_answer` by default.
 
         Returns:
             by task, an answer for each clip.
@@ -761,7 +762,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
             from_hub = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
             processor = AutoProcessor.from_pretrained(self.name_or_path, **self.loaded_how, trust_remote_code=from_hub)
         inputs = processor.apply_requests(audio, tasks, sampling_rate)
-        answers = self.generate_branches(**inputs, **{"max_new_tokens": 384, **kwargs})
+        answers = self.generate_branches(**inputs, **{"max_new_tokens": processor.longest_answer, **kwargs})
         texts = [processor.batch_decode(of_clip, skip_special_tokens=True) for of_clip in answers]
         return {task: [of_clip[t].strip() for of_clip in texts] for t, task in enumerate(tasks)}
 

@@ -198,7 +198,10 @@ def _read_metadata(path: Path, columns: dict) -> list[dict]:
             if not isinstance(name, str):
                 raise RowError("wrong_field", audio_column, f"{name!r}; give the path of an audio file")
             part, duration = _part(line, audio, audio_column)
-            return _to_schema({**line, "duration": duration}, part, columns, Path(name).stem, audio_column)
+            if part is not audio:  # all rows are held in memory, which is no place for hours of cut audio
+                message = f"{line['start_second']}, in a longer recording; cut it, or list it in a CSV file's rows"
+                raise RowError("wrong_field", "start_second", message)
+            return _to_schema({**line, "duration": duration}, audio, columns, Path(name).stem, audio_column)
 
         return _noted(build, where, line.get("id") or Path(file or "").stem, file)
 
@@ -409,12 +412,15 @@ def _cut(audio: dict, start: float, end: float, field: str) -> tuple[dict, float
                 message = f"{end}, but {audio['path'] or 'audio'} ends after {length:.2f} s"
                 raise RowError("truncated", "end_second", f"{message}; get it again, or delete the row")
             file.seek(round(start * file.samplerate))
-            samples, rate = file.read(round((end - start) * file.samplerate)), file.samplerate
+            samples, rate = file.read(round((end - start) * file.samplerate), always_2d=True), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         message = f"{audio['path'] or 'audio'} is not readable ({error}); get the file again"
         raise RowError("unreadable", field, message) from error
+    mono = samples.mean(axis=1)
+    if not math.isfinite(mono.sum()):
+        raise RowError("not_finite", field, f"{audio['path'] or 'audio'}: NaN or infinite samples; get the file again")
     cut = io.BytesIO()
-    soundfile.write(cut, samples, rate, format="FLAC")
+    soundfile.write(cut, mono, rate, format="FLAC")
     return {"bytes": cut.getvalue(), "path": audio["path"]}, end - start
 
 

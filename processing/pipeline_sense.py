@@ -46,7 +46,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         constrained (`bool`, *optional*, defaults to False): keep the answers to the grammar of tags, so that each of
             these is known, closed and not empty, whatever is heard. Sentiment is one of its classes anyway.
         generate_kwargs (`dict`, *optional*): for `generate`, such as `{"num_beams": 5}`. Without `max_new_tokens` an
-            answer ends at as many as English speech of the window's length could need.
+            answer ends at as many as speech of the window's length could need.
         streamer (*optional*): a `TextStreamer`, to see the text as it is written; for one window, without beams.
         progress (`bool`, *optional*): a bar for recordings of more than one window. On by default in a terminal.
 
@@ -81,7 +81,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         is_theirs = type(inputs).__module__.partition(".")[0] == "datasets" and not isinstance(inputs, dict)
         if is_theirs and not hasattr(inputs, "get_all_samples"):
             inputs = (row["audio"] if isinstance(row, dict) and "audio" in row else row for row in inputs)
-        elif hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not hasattr(inputs, "__iter__"):
+        elif isinstance(inputs, torch.utils.data.Dataset) and not hasattr(inputs, "__iter__"):
             rows = inputs
             inputs = (rows[i] for i in range(len(rows)))  # torch's datasets: read on, one may never end
         return super().__call__(inputs, *args, **kwargs)

@@ -542,6 +542,11 @@ class SenseProcessor(ProcessorMixin):
         """Bound on the answer to a task about a clip of so many seconds (`Task.most_tokens`)."""
         return TASKS[task].most_tokens(seconds, self.tokens_per_second)
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens, of any task: more than 30 s of the speech that the model was trained on need."""
+        return math.ceil(384 * max(1.0, self.tokens_per_second / ENGLISH_RATE))
+
     def apply_transcription_request(
         self, audio, prompt: str | list[str] | None = None, sampling_rate: int | None = None
     ) -> BatchFeature:

@@ -18,6 +18,7 @@ from .tasks import SENTIMENTS, TASKS, Answer, combine, phrases
 NORMALIZE = EnglishTextNormalizer()
 NORMALIZE_OTHERS = BasicTextNormalizer(preserve_marks=True)  # else vowels of Indic scripts go
 BOOTSTRAP_SAMPLES = 1000
+WITHIN_WORDS = "'\u200c\u200d"  # apostrophe; how Persian and Indic letters join
 # Groups of `wer_by`: the edges between them; and how many utterances an interval needs.
 DURATIONS = (2, 4, 6, 8, 10, 15, 20)  # seconds
 SPEAKING_RATES = (1, 1.5, 2, 2.5, 3, 3.5, 4)  # words a second
@@ -29,9 +30,10 @@ def plain(text: str) -> str:
     Lower case, letters with their marks, digits and apostrophes alone: how the entities of every system are compared.
     Punctuation that SLUE drops is dropped ("u.s." is "us"), other parts words.
     """
-    text = re.sub(r"[.,!?;]", "", unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'"))
+    text = re.sub("[.,!?;\u00ad]", "", unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'"))
     # By category, because re's \w has not the vowel signs of Indic scripts: it would part words at them.
-    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
+    kept = "".join(c if c in WITHIN_WORDS or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return " ".join(word for word in kept.split() if any(map(str.isalnum, word)))
 
 
 def normalize(text: str, language: str | None = None) -> str:

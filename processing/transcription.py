@@ -71,7 +71,7 @@ def find_recordings(folder: Path) -> dict[str, Path]:
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     found = {str(path.relative_to(folder)): path for path in files}
     if not found:
-        raise ValueError(f"{folder}: no recording in it; give a folder with {', '.join(sorted(SUFFIXES))} files")
+        raise ValueError(f"{folder}: no recording in it; give a folder of WAV, FLAC, OGG or MP3 files")
     if strange := [name for name in found if name.encode("utf-8", "ignore").decode() != name]:
         raise ValueError(f"{folder}: names that are no UTF-8, rename them: {strange}")
     return dict(sorted(found.items()))

@@ -24,10 +24,11 @@ from benchmarks import slam_asr
 from modeling_sense import QUANTIZATIONS, SenseModel
 from processing import SenseProcessor, report
 from processing.collator import SenseCollator
-from processing.datasets import load_corpus
+from processing.datasets import from_rows, load_corpus
 from processing.hub import export_model, load_checkpoint
+from processing.processing_sense import text_ids
 from processing.questions import Mixture, spread, usual_length, usual_rate
-from processing.tasks import COMBINED_TAGS, TASKS, Answer, Task, make_tasks, read_tags
+from processing.tasks import COMBINED_TAGS, ENGLISH_RATE, TASKS, Answer, Task, make_tasks, read_tags
 from scripts import ablation
 from tests.conftest import make_corpus, make_tokenizer, tone, wav, write_corpus
 from tests.gradient_probe import write_gradients
@@ -329,6 +330,12 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         train_sense.parse_recipe([str(path)])
+
+
+def test_an_answer_is_no_wer(recipe):
+    fields = {"metric_for_best_model": "eval_answer_f1", "max_minutes": 1, "warmup_steps": 0.5}
+    with pytest.raises(ValueError, match="warmup_steps: 0.5 is a share"):  # what is looked at next
+        train_sense.main([recipe(**fields)])
 
 
 @pytest.mark.parametrize("metric", ["eval_wer", "eval_ner_malformed_rate"])
@@ -706,6 +713,11 @@ def test_what_a_run_tells_those_who_ask_its_model(recipe, corpus, tmp_path):
     assert usual_length([2.0, 4.0, 6.0, 8.0, None]) == 7  # 6.5 s is the third quartile
     assert usual_length([0.3]) == 1 and usual_length([200.0]) == 30
     assert usual_length([None]) == 30
+    tokenizer = make_tokenizer()
+    said, *_ = rows = list(make_corpus(2))
+    tokens = len(text_ids([said["text"]], tokenizer)[0])
+    assert usual_rate(from_rows([said, said | {"text": ""}]), tokenizer) == tokens / 0.5
+    assert usual_rate(from_rows([row | {"text": ""} for row in rows]), tokenizer) == ENGLISH_RATE
     train_sense.main([recipe(entity_tags="raw"), "--max_steps", "1"])
     saved = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert saved["chunk_length_s"] == 2 and saved["entity_tags"] == "raw"

@@ -377,19 +377,37 @@ def test_a_csv_names_files(tmp_path, streaming):
     assert found == [("x", "ann", 0.5), ("y", "bob", 0.25)]
 
 
-def test_rows_of_metadata_are_parts_of_a_recording(tmp_path):
-    recording = tone(3.0, seed=3)
-    (tmp_path / "train").mkdir()
-    soundfile.write(tmp_path / "train" / "long.wav", recording, 16000)
-    lines = [
-        {"file_name": "long.wav", "id": str(start), "text": "well", "start_second": start, "end_second": start + 1}
-        for start in (0.0, 1.5)
-    ]
-    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_rows_are_parts_of_a_recording(tmp_path):
+    recording = np.stack([tone(3.0, seed=3)] * 9, 1)  # more channels than FLAC has
+    soundfile.write(tmp_path / "long.wav", recording, 16000)
+    head = "audio,text,start_second,end_second"
+    (tmp_path / "train.csv").write_text(f"{head}\nlong.wav,well,0.0,1.0\nlong.wav,well,1.5,2.5\n")
     rows = list(load_corpus(tmp_path, "train"))
     assert [row["duration"] for row in rows] == [1, 1]
     for row, start in zip(rows, (0, 24000)):
-        np.testing.assert_allclose(load_audio(row["audio"]), recording[start : start + 16000], atol=2e-4)  # 16 bits
+        expected = recording[start : start + 16000, 0]
+        np.testing.assert_allclose(load_audio(row["audio"]), expected, atol=2e-4)  # 16 bits
+
+
+def test_a_part_that_is_not_finite_is_a_bad_row(tmp_path):
+    soundfile.write(tmp_path / "nan.wav", np.where(np.arange(32000) == 20000, np.nan, 0.1), 16000, subtype="FLOAT")
+    head = "audio,text,start_second,end_second"
+    (tmp_path / "train.csv").write_text(f"{head}\nnan.wav,well,0.0,1.0\nnan.wav,well,1.0,2.0\n")
+    noted = BadRows("skip")
+    assert len(load_corpus(tmp_path, "train", bad_rows=noted)) == 1
+    assert [row["kind"] for row in noted.found.values()] == ["not_finite"]
+
+
+def test_metadata_names_clips_not_parts_of_recordings(tmp_path):
+    (tmp_path / "train").mkdir()
+    soundfile.write(tmp_path / "train" / "a.wav", tone(1.0), 16000)
+    line = {"file_name": "a.wav", "text": "well", "start_second": 71.0, "end_second": 72.0}  # where it was cut from
+    metadata = tmp_path / "train" / "metadata.jsonl"
+    metadata.write_text(json.dumps(line))
+    assert load_corpus(tmp_path, "train")["duration"] == [1]
+    metadata.write_text(json.dumps(line | {"start_second": 0.25, "end_second": 0.5}))
+    with pytest.raises(ValueError, match="line 1, start_second: 0.25, in a longer recording; cut it, or list it"):
+        load_corpus(tmp_path, "train")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -123,7 +123,7 @@ def test_batches_generators_and_datasets_give_what_singles_give(pipe):
         assert [found["duration"] for found in pipe(of_datasets, **how)] == rows["duration"]
     assert pipe([]) == []
 
-    class Endless:  # as datasets of torch may be: no error behind the last one
+    class Endless(torch.utils.data.Dataset):  # no error behind the last one
         def __len__(self):
             return 2
 

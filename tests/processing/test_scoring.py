@@ -111,6 +111,7 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
 def test_entities_are_compared_in_plain_lower_case():
     assert plain("  Anna-Karenina's   BOOK, 2nd_ed. U.S.") == "anna karenina's book 2nd ed us"
     assert plain("Don\u2019t go to Cafe\u0301s") == "don't go to caf\u00e9s"
+    assert plain("I \u2764\ufe0f co\u00adoperation") == "i cooperation" and plain("می\u200cخواهم") == "می\u200cخواهم"
     assert plain("मैं हिन्दी में बोलता हूँ।") == "मैं हिन्दी में बोलता हूँ"
     rows = [{"text": "anna karenina has two dogs", "entities": [["PERSON", 0, 13], ["QUANT", 18, 3]]}]
     whisper = Answer(text="Anna Karenina, has 2 dogs.", entities=[["PERSON", 0, 14], ["CARDINAL", 19, 1]])

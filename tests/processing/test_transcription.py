@@ -88,7 +88,7 @@ def test_it_goes_on_where_it_was_interrupted(recordings, heard, tmp_path):
 
 def test_folders_without_a_word(recordings, heard, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no recording in it; give a folder with .flac"):
+    with pytest.raises(ValueError, match="empty: no recording in it; give a folder of WAV"):
         run(tmp_path / "empty", tmp_path / "out")
     strange = os.fsdecode(os.fsencode(tmp_path / "empty") + b"/caf\xe9.wav")
     Path(strange).write_bytes(b"")
@@ -96,7 +96,7 @@ def test_folders_without_a_word(recordings, heard, tmp_path):
         run(tmp_path / "empty", tmp_path / "out")
     for length in heard[0]:
         heard[0][length] = ""
-    with pytest.raises(ValueError, match="nothing was heard in any of 5 recordings"):
+    with pytest.raises(ValueError, match="nothing was heard in any of 6 recordings"):
         run(recordings, tmp_path / "out")
 
 
