@@ -620,10 +620,8 @@ def main(argv: list[str] | None = None) -> dict:
             "push_to_hub: Trainer would upload an adapter without its settings; when it is trained, run "
             f"sense export {training.output_dir} FOLDER --push OWNER/NAME"
         )
-    metric = training.metric_for_best_model or ""
-    if training.greater_is_better and re.search(
-        r"(^|_)(wer|malformed)(_|$)", metric
-    ):  # transformers knows losses alone
+    metric = training.metric_for_best_model or ""  # of which transformers knows that a loss should be low, and no more
+    if training.greater_is_better and re.search(r"(^|_)(wer|malformed)(_|$)", metric):
         raise ValueError(
             f"greater_is_better: of {metric} the lowest is the best; set greater_is_better: false beside "
             "metric_for_best_model"
