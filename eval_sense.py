@@ -71,7 +71,7 @@ def understand(
         limits = [processor.most_tokens(name, s) for s in seconds for name in tasks]
         constraint = processor.constrain(list(tasks) * len(rows), limits) if constrained else None
         how = answer_settings(limits, constraint)
-        answers = model.generate_branches(**inputs.to(model.device), num_beams=num_beams, **how)
+        answers = model.generate_branches(**inputs, num_beams=num_beams, **how)
         return [tuple(_decode(processor, of_clip)) for of_clip in answers]
 
     answers = _over_processes(dataset, answer, batch_size, "listening")
@@ -88,7 +88,7 @@ def understand_text(
         for name in tasks:
             prompt = processor.build_prompt(processor.prompts[name])
             texts = [prompt.replace(AUDIO_TOKEN, processor.plain_text(row["text"])) for row in rows]
-            inputs = processor(text=texts).to(model.device)
+            inputs = processor(text=texts)
             limits = [processor.most_tokens(name, row["duration"] or MAX_SECONDS) for row in rows]
             constraint = processor.constrain([name] * len(rows), limits) if constrained else None
             output = model.generate(**inputs, num_beams=num_beams, **answer_settings(limits, constraint))

@@ -678,16 +678,17 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         given = (input_features, input_features_mask, pooled_features, pooled_features_mask)
         audio = self._at_home(dict(zip(AUDIO_INPUTS, given)))
         if input_features is not None:
-            pooled = self.model.get_pooled_features(audio["input_features"], audio["input_features_mask"])
-        else:
-            pooled = audio["pooled_features"], audio["pooled_features_mask"]
+            audio["pooled_features"], audio["pooled_features_mask"] = self.model.get_pooled_features(
+                audio.pop("input_features"), audio.pop("input_features_mask")
+            )
         shared = [_common_beginning(of_clip) for of_clip in prompts]
         if not all(shared):
             raise ValueError("the prompts of a clip begin with different tokens: put the audio first")
         pad = config.pad_token_id if config.pad_token_id is not None else 0
-        device = self.device if pooled[0] is None else pooled[0].device  # placed models' own is none
+        pooled = audio["pooled_features"]
+        device = self.device if pooled is None else pooled.device  # placed models' own is none
         ids, mask = _pad_left([of_clip[0][:n] for of_clip, n in zip(prompts, shared)], pad, device)
-        cache = self._read_into_cache(ids, mask, pooled_features=pooled[0], pooled_features_mask=pooled[1])
+        cache = self._read_into_cache(ids, mask, **audio)
         rest = [prompt[n:] for of_clip, n in zip(prompts, shared) for prompt in of_clip]
         rest_ids, rest_mask = _pad_left(rest, pad, device)
         # Padding between beginning and rest: masked, and not counted in the positions.
@@ -718,8 +719,7 @@ class SenseForConditionalGeneration(SensePreTrainedModel, GenerationMixin):
         Returns:
             the log-probability of each choice, `(clips, choices)`.
         """
-        given = {"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask}
-        audio = self._at_home(given)
+        audio = self._at_home({"pooled_features": pooled_features, "pooled_features_mask": pooled_features_mask})
         device = self.device if pooled_features is None else audio["pooled_features"].device
         ids, mask = _pad_left(prompts, 0, device)
         cache = self._read_into_cache(ids[:, :-1], mask[:, :-1], **audio)
