@@ -37,6 +37,7 @@ from processing.annotation.output import write_dataset
 from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation, SentimentAnnotation
 from processing.annotation.quality import compare
 from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
+from processing.arguments import positive
 from processing.backbones import resolve_backbone
 from processing.bad_rows import BAD_ROWS, ON_BAD_ROW, BadRows
 from processing.datasets import first_rows, load_corpus
@@ -237,13 +238,6 @@ def count(text: str) -> int:
     """A number from 0 on, for argparse."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 on")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A number from 1 on, for argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
     return int(text)
 
 

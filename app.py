@@ -24,12 +24,12 @@ import soundfile
 from transformers import TextStreamer
 
 from processing.grammar import sentences
-from processing.hub import SHIPPED, load_checkpoint
+from processing.hub import SHIPPED, load_checkpoint, public_name
 from processing.long_audio import RATE, SPEECH, SpeechDetector, read_blocks
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.processing_sense import MAX_SECONDS, open_audio
 from processing.synthesis import VOICES, Espeak, speak
-from processing.tasks import ALL_TAGS, RAW_TO_COMBINED, SENTIMENTS, read_tags
+from processing.tasks import ALL_TAGS, RAW_TO_COMBINED, SENTIMENTS, check_trained, read_tags
 
 
 MAX_UPLOAD = "500mb"  # 80 minutes of CD quality
@@ -377,11 +377,12 @@ def main(argv: list[str] | None = None):
     try:
         examples = find_examples(args.examples) if args.examples else None
         model, processor = load_checkpoint(args.model)
+        check_trained(args.model, processor.prompts, "serve")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     pipe = SpokenLanguageUnderstandingPipeline(model=model, processor=processor)
     with tempfile.TemporaryDirectory() as made:
-        page = build_page(pipe, "/".join(Path(args.model).parts[-2:]), examples or make_examples(Path(made)))
+        page = build_page(pipe, public_name(args.model), examples or make_examples(Path(made)))
         fonts = ["system-ui", "sans-serif"]  # the page asks no other server for anything
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
         page.launch(

@@ -23,6 +23,7 @@ from transformers import AutoConfig, BatchFeature
 
 from modeling_sense import QUANTIZATIONS
 from processing import report
+from processing.arguments import positive
 from processing.backbones import resolve_backbone
 from processing.bad_rows import ON_BAD_ROW, BadRows
 from processing.controls import SpacyTagger, VaderSentiment, majority_sentiment
@@ -144,7 +145,9 @@ def parse_answers(prompts: dict[str, str], answers: dict[str, list[str]]) -> dic
     return {name: [task.parse(a) for a in answers[name]] for name, task in make_tasks(prompts, answers).items()}
 
 
-def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -> dict[str, dict[str, list[Answer]]]:
+def run_controls(
+    args, model, processor, dataset, tasks: list[str], most: str | None, how: dict
+) -> dict[str, dict[str, list[Answer]]]:
     """By system, the answers of each control that was asked for."""
     systems = {}
     if "cascade" in args.controls:
@@ -155,22 +158,23 @@ def run_controls(args, model, processor, dataset, tasks: list[str], how: dict) -
         systems["true text, then spaCy / VADER"] = from_text(list(dataset["text"]), reading)
         read = understand_text(model, processor, dataset, reading, constrained=args.constrained, **how)
         systems["true text, then the same LLM"] = parse_answers(processor.prompts, read)
-    if "majority" in args.controls and "sa" in tasks:
-        most = majority_class(args)
+    if most is not None:
         systems[f"always {most}"] = {"sa": [Answer(sentiment=most)] * len(dataset)}
     return systems
 
 
-def check_controls(args, model, tasks: list[str]):
-    """What would keep a control from running comes to light before hours of decoding, not after."""
+def check_controls(args, model, tasks: list[str]) -> str | None:
+    """
+    What would keep a control from running comes to light before hours of decoding, not after. Returns the class for
+    `majority`, if that is asked for.
+    """
     if "cascade" in args.controls and AutoConfig.from_pretrained(whisper_of(model)).architectures == [
         "WhisperEncoder"
     ]:
         raise ValueError(f"{whisper_of(model)} is an encoder alone: leave cascade out of --controls")
     if {"cascade", "gold"} & set(args.controls):
         from_text([], tasks)
-    if "majority" in args.controls and "sa" in tasks:
-        majority_class(args)
+    return majority_class(args) if "majority" in args.controls and "sa" in tasks else None
 
 
 def whisper_of(model) -> str:
@@ -282,7 +286,7 @@ def main(argv: list[str] | None = None) -> dict:
     bad_rows = BadRows(args.on_bad_row, args.output_dir)
     dataset = bad_rows.check(first_rows(load_rows(args, args.split, bad_rows), args.max_samples))
     bad_rows.settle()
-    check_controls(args, model, tasks)
+    most = check_controls(args, model, tasks)
     folder = Path(args.output_dir)
     require_writable(folder)
     how = {"num_beams": args.num_beams, "batch_size": args.batch_size}
@@ -300,7 +304,7 @@ def main(argv: list[str] | None = None) -> dict:
         # The answers do not depend on the labels: pairing them otherwise is the same as shuffling the clips.
         shuffled = score(list(shuffle_audio(dataset).remove_columns("audio")), parsed)
         metrics |= {f"{name}_shuffled": value for name, value in shuffled.items()}
-    systems = run_controls(args, model, processor, dataset, tasks, how)
+    systems = run_controls(args, model, processor, dataset, tasks, most, how)
     metrics["controls"] = {
         name: score(rows, given) | wer_of_groups(rows, given, durations, "asr") for name, given in systems.items()
     }
@@ -328,12 +332,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--lowercase", action="store_true", help="transcripts in lower case, as LibriSpeech needs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all that the model has a prompt for")
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_beams", type=positive, default=1)
+    parser.add_argument("--batch_size", type=positive, default=8)
     parser.add_argument(
         "--constrained", action="store_true", help="keep answers to their grammar: whole tags, one of the sentiments"
     )
-    parser.add_argument("--max_samples", type=int)
+    parser.add_argument("--max_samples", type=positive)
     parser.add_argument("--on_bad_row", default="stop", choices=ON_BAD_ROW, help="skip: score the others, and say so")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the language model in 8 or 4 bits")

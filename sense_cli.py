@@ -212,6 +212,8 @@ def serve(
     api_key = os.environ.get(api_key_env) if api_key_env else None
     if api_key_env and not api_key:
         raise typer.BadParameter(f"the environment variable {api_key_env} is not set", param_hint="--api-key-env")
+    from processing.hub import public_name
+
     try:
         from serve import Server, Service
     except ModuleNotFoundError as error:
@@ -220,7 +222,7 @@ def serve(
     limits = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
     limits |= {"max_upload": int(max_upload_mb * 1e6), "max_seconds": 60 * max_minutes}
     service = Service(
-        pipe, name or _name_of(model), **limits, upload_seconds=upload_seconds, language=language, api_key=api_key
+        pipe, name or public_name(model), **limits, upload_seconds=upload_seconds, language=language, api_key=api_key
     )
     Server(service, host=host, port=port).run()
 
@@ -268,12 +270,6 @@ def export(
             _fail(error)
 
 
-def _name_of(model: str) -> str:
-    """A Hub id, or the end of a folder's path."""
-    folder = Path(model)
-    return "/".join(folder.resolve().parts[1:][-2:]) if folder.is_dir() else model
-
-
 def _run_script(module: str, context: typer.Context) -> dict:
     """Calls a script's `main` with the arguments as they were given."""
     sys.argv = [context.command_path, *context.args]  # where argparse finds the program's name
@@ -290,7 +286,7 @@ def _form(**asked: bool) -> str:
 
 def _sources(files: list[str], form: str, output: Path | None) -> dict:
     """
-    By name, what the pipeline hears; of `-` the bytes on stdin.
+    By name, what the pipeline hears; of `-` the bytes on stdin, of a pipe those in it.
 
     Raises:
         BadParameter: recordings that would share one place.
@@ -307,6 +303,9 @@ def _sources(files: list[str], form: str, output: Path | None) -> dict:
         if not make_folder(output):  # better now than when all is heard
             raise typer.BadParameter(f"{output} is no folder that can be written to", param_hint="--output")
     sources = {name: name for name in names}
+    for name in names:
+        if os.path.exists(name) and Path(name).is_fifo():  # no seeking in it
+            sources[name] = {"bytes": Path(name).read_bytes(), "path": name}
     if "-" in files:
         sources["stdin"] = {"bytes": typer.get_binary_stream("stdin").read(), "path": "stdin"}
     return sources
@@ -384,7 +383,12 @@ def _write(results: Iterator, form: str, output: Path | None, many: bool, refere
             result["reference"] = what_was_said(Path(name))
         shown = _render(name, result, form, many and output is None)
         if output is not None:
-            write_text(output / f"{Path(name).stem}.{form}", shown.plain + "\n" if form == "txt" else shown)
+            path = output / f"{Path(name).stem}.{form}"
+            try:
+                write_text(path, shown.plain + "\n" if form == "txt" else shown)
+            except OSError as error:  # the others may fit
+                failed = True
+                typer.echo(f"error: {name}: {path} can't be written ({error})", err=True)
         elif form == "txt":
             console.print(shown)
         else:
@@ -441,10 +445,14 @@ def _texts_of(folder: Path) -> dict[str, str]:
     if not os.path.isfile(metadata):
         return {}
     try:
-        return {line["file_name"]: line.get("text") for line in read_json_lines(metadata)}
-    except (ValueError, KeyError) as error:
+        lines = sorted(read_json_lines(metadata), key=lambda line: line.get("start_second") or 0)
+        texts: dict[str, list[str]] = {}
+        for line in lines:  # a recording's parts, in order
+            texts.setdefault(line["file_name"], []).append(line["text"])
+        return {name: " ".join(parts) for name, parts in texts.items()}
+    except (ValueError, KeyError, TypeError) as error:
         raise typer.BadParameter(
-            f"{metadata} is not that of an audiofolder: {error!r}", param_hint="--reference"
+            f"{metadata} is not that of an audiofolder with a column text: {error!r}", param_hint="--reference"
         ) from error
 
 

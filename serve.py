@@ -388,6 +388,13 @@ def make_app(service: Service) -> FastAPI:
         model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "sense"}
         return {"object": "list", "data": [model]}
 
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict:
+        known = (await models())["data"][0]
+        if name != known["id"]:
+            raise Refusal(404, f"{name}: there is no such model here, only {known['id']}", "model", "model_not_found")
+        return known
+
     @app.get("/health/live")
     async def live() -> Response:
         is_live = service.batcher.is_alive
@@ -437,16 +444,12 @@ def transcription_answer(
     if form.response_format == "verbose_json":
         answer |= {"task": "transcribe", "language": language or "unknown", "duration": result["duration"]}
         if form.wants_words:
-            answer["words"] = [{"word": c["text"], **_times(c)} for c in result["chunks"]]
+            words = [(chunk["text"], *chunk["timestamp"]) for chunk in result["chunks"]]
+            answer["words"] = [{"word": word, "start": start, "end": end} for word, start, end in words]
         if form.timestamp_granularities != ["word"]:
-            windows = pipe.postprocess(recording, return_timestamps=True, **how)["chunks"]
-            answer["segments"] = [{"id": i, "text": c["text"], **_times(c)} for i, c in enumerate(windows)]
+            windows = enumerate(window for window in recording.heard if window["text"])
+            answer["segments"] = [{"id": i} | {name: w[name] for name in ("text", "start", "end")} for i, w in windows]
     return JSONResponse(answer)
-
-
-def _times(chunk: dict) -> dict:
-    start, end = chunk["timestamp"]
-    return {"start": start, "end": end}
 
 
 class Server(uvicorn.Server):

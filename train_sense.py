@@ -524,16 +524,17 @@ def _require_same_shares(training: TrainingArguments, checkpoint: str, state: Tr
 
 def training_labels(args: SenseArguments, train, seed: int):
     """The training rows with the entities that the recipe asks for: their own, spaCy's, or their own with noise."""
+    how = {"writer_batch_size": 100}  # as in load_corpus
     if args.train_entities == "spacy":
         tagged = SpacyTagger.from_pretrained(combined=args.entity_tags == "combined").tag(train["text"])
-        train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True)
+        train = train.map(lambda _, index: {"entities": tagged[index]}, with_indices=True, **how)
     if args.label_noise is not None:
         rows = list(train.select_columns(["text", "entities"]))
         labelled = {index: row for index, row in enumerate(rows) if row["entities"] is not None}
         noisy = add_noise(list(labelled.values()), **args.label_noise, seed=seed)
         for index, pairs in zip(labelled, noisy):
             rows[index] = with_annotation(rows[index], pairs, args.filter_labels)
-        train = train.map(lambda _, index: rows[index], with_indices=True)
+        train = train.map(lambda _, index: rows[index], with_indices=True, **how)
     return train
 
 

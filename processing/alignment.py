@@ -17,7 +17,12 @@ SILENCE = 0.3  # what a frame without a word scores, in standard deviations abov
 
 
 def word_times(
-    audio_embeds: torch.Tensor, words: list[str], tokenizer, embeddings: torch.Tensor, seconds_per_frame: float
+    audio_embeds: torch.Tensor,
+    words: list[str],
+    tokenizer,
+    embeddings: torch.Tensor,
+    seconds_per_frame: float,
+    mean: torch.Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """
     Start and end of each word, in seconds.
@@ -28,6 +33,7 @@ def word_times(
         tokenizer: the language model's.
         embeddings (`torch.Tensor` of shape `(vocabulary, hidden_size)`): the language model's input embeddings.
         seconds_per_frame: 0.02 for the encoder's frames.
+        mean: `mean_embedding` of the embeddings, for those who ask often.
     """
     if not words:
         return []
@@ -37,7 +43,8 @@ def word_times(
     if frames < len(tokens):
         edges = [frames * seconds_per_frame * i / len(words) for i in range(len(words) + 1)]
         return list(zip(edges, edges[1:]))
-    scores = _similarity(embeddings[torch.tensor(tokens, device=embeddings.device)], audio_embeds, embeddings)
+    mean = mean_embedding(embeddings) if mean is None else mean
+    scores = _similarity(embeddings[torch.tensor(tokens, device=embeddings.device)].float() - mean, audio_embeds)
     silence = np.full((1, frames), SILENCE, np.float32)
     rows, optional, at = [silence], [True], 0
     spans: list[tuple[int, int]] = []
@@ -55,12 +62,16 @@ def word_pieces(words: list[str], tokenizer) -> list[list[int]]:
     return text_ids([words[0], *(f" {word}" for word in words[1:])], tokenizer)
 
 
-def _similarity(tokens: torch.Tensor, audio: torch.Tensor, embeddings: torch.Tensor) -> np.ndarray:
+def mean_embedding(embeddings: torch.Tensor) -> torch.Tensor:
+    """The mean of a vocabulary's embeddings, in float32, `(hidden_size,)`; never a copy of the whole table in it."""
+    return torch.stack([rows.float().sum(0) for rows in embeddings.split(8192)]).sum(0) / len(embeddings)
+
+
+def _similarity(tokens: torch.Tensor, audio: torch.Tensor) -> np.ndarray:
     """
-    Cosines `(tokens, frames)` of both about their means, each token's in standard deviations over the frames: what
-    counts is where a token fits best, not how well.
+    Cosines `(tokens, frames)` of tokens, given about their mean, and audio about its own, each token's in standard
+    deviations over the frames: what counts is where a token fits best, not how well.
     """
-    tokens = tokens.float() - embeddings.float().mean(0)
     audio = audio.float() - audio.float().mean(0)
     cosines = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(audio, dim=-1).T
     return standardize(cosines, 1).cpu().numpy()

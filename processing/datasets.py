@@ -51,6 +51,9 @@ ENTITY_COLUMNS = {
     },
 }
 SPEAKER_COLUMNS = ("speaker", "speaker_id")  # the first that a row has
+# Beside audio and text, the columns that are read.
+READ = {"id", "entities", "sentiment", "language", "duration", "start_second", "end_second", *SPEAKER_COLUMNS}
+READ |= {name for tag_sets in ENTITY_COLUMNS.values() for names in tag_sets.values() for name in names}
 # Protocols of audio that a row names by an address; archives are read through one of the others.
 REMOTE = {"hf", "http", "https", "memory", "bz2", "gzip", "tar", "xz", "zip", "zstd"}
 UNDECIDED = ("disagreement", "<mixed>", "")  # SLUE's annotators: such a row has no sentiment label
@@ -313,8 +316,13 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     present = source.column_names or list(next(iter(source)))
     for kind in ("audio", "text"):
         _require(f"{kind} column", columns[kind], present, dataset)
+    if source.features is not None:  # others may hold audio and pictures, which `datasets` would decode
+        present = [name for name in present if name in {columns["audio"], columns["text"], *READ}]
+        source = source.select_columns(present)
+    names = {name: kind for name, kind in (source.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
 
     def convert(row: dict, index: int) -> dict:
+        row = {**row, **{name: kind.int2str(row[name]) for name, kind in names.items() if row[name] is not None}}
         given = _as_audio(row[columns["audio"]], folder)
         name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
         # Rows of a stream come in another order each epoch: what is in one tells it from the others.
@@ -330,16 +338,20 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     if source.features is not None and not isinstance(source.features[columns["audio"]], datasets.Value):
         source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
     # The main process looks at the rows' files each time, and leaves what it found where the others find it.
-    how = {} if streaming else {"load_from_cache_file": not PartialState().is_main_process}
+    # Few rows at a time: an array of arrow holds 2 GB, which a thousand clips may be more than.
+    how = {"load_from_cache_file": not PartialState().is_main_process, "writer_batch_size": 100}
+    how = {} if streaming else how
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED, **how)
 
 
-def _as_audio(given: dict | str | None, folder: Path | None = None) -> dict:
-    """Undecoded audio; in a table of text, such as a CSV, it is an address, or a path from the dataset's folder."""
-    if isinstance(given, str):
-        is_path = folder is not None and folder.is_dir() and "://" not in given
-        return {"bytes": None, "path": str(folder.resolve() / given) if is_path else given}
-    return given or {"bytes": None, "path": None}
+def _as_audio(given: dict | str | bytes | None, folder: Path | None = None) -> dict:
+    """Undecoded audio, from bytes, an address, or a path from the dataset's folder."""
+    if not isinstance(given, dict):
+        given = {"bytes": given, "path": None} if isinstance(given, bytes) else {"bytes": None, "path": given}
+    path = given["path"]
+    if given["bytes"] is None and path and folder is not None and folder.is_dir() and "://" not in path:
+        path = str(folder.resolve() / path)
+    return {"bytes": given["bytes"], "path": path}
 
 
 def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, dataset, streaming: bool):
@@ -348,7 +360,8 @@ def _choose_split(saved: datasets.Dataset | datasets.DatasetDict, split: str, da
         name = str(saved.split)
         saved = {name if saved.split and name.isidentifier() else "train": saved}
     _require("split", split, saved, dataset)
-    return saved[split].to_iterable_dataset() if streaming else saved[split]
+    found = saved[split].with_format(None)  # as Python's numbers, whatever it was saved as
+    return found.to_iterable_dataset() if streaming else found
 
 
 def _digest(row: dict, audio_column: str) -> str:

@@ -35,7 +35,8 @@ SHIPPED = "sense-mini"  # comes with this package: what was trained; the backbon
 REPLACED = [CONFIG_NAME, "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"]
 REPLACED += ["model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 REPLACED += ["configuration_sense.py", "modeling_sense.py", "quantization_sense.py", "processing_sense.py"]
-REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py", "constrained.py", "answer_grammar.py"]
+REPLACED += ["pipeline_sense.py", "alignment.py", "long_audio.py", "mp3.py", "tasks.py", "constrained.py"]
+REPLACED += ["answer_grammar.py"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -48,6 +49,12 @@ def start_processes():
 def shipped(name: str | os.PathLike) -> str | os.PathLike:
     """The folder of the checkpoint that comes with this package, by its name; any other name as it is."""
     return CHECKPOINTS / SHIPPED if str(name) == SHIPPED and not Path(name).exists() else name
+
+
+def public_name(model: str) -> str:
+    """What a model is called before others: its Hub id, or the end of its folder's path."""
+    folder = Path(model)
+    return "/".join(folder.resolve().parts[1:][-2:]) if folder.is_dir() else model
 
 
 def load_checkpoint(

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from .processing_sense import LOUDEST, read_block, resample
+from .processing_sense import LOUDEST, check_whole, read_block, resample
 
 
 RATE = 16000  # Hz, of everything below
@@ -146,6 +146,8 @@ def read_blocks(source, rate: int, name: str, seconds: float = BLOCK_SECONDS) ->
 def _raw_blocks(source, rate: int, name: str, seconds: float) -> Iterator[np.ndarray]:
     """Channels mixed down, at the source's own rate; of an open file or an array `(samples, channels)`."""
     size, position = int(seconds * rate), 0
+    if not isinstance(source, np.ndarray):
+        check_whole(source, name)
     while True:
         if isinstance(source, np.ndarray):
             block = source[position : position + size]

@@ -7,6 +7,7 @@ Importing this package registers it; a saved model brings this file along as its
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoModelForSpeechSeq2Seq, LogitsProcessor, StoppingCri
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
-from .alignment import word_times
+from .alignment import mean_embedding, word_times
 from .long_audio import RATE, read_blocks, speech_windows
 from .processing_sense import MAX_SECONDS, check_chunk_length, open_audio
 from .tasks import SENTIMENTS, TASKS
@@ -56,7 +57,7 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         `entities`, each `{"entity": tag, "word": phrase, "start": first character, "end": the one after it}` and
         with times `"timestamp": (start, end)`;
         `sentiment`: `{"label", "score", "scores": {class: probability}}`, of windows weighted by their length; None
-        where nobody spoke;
+        where nobody spoke. Only recordings above 30 s are searched for speech: a shorter one is heard as it is;
         `chunks`, each `{"text", "timestamp": (start, end)}`, if times were asked for.
 
     Raises:
@@ -75,7 +76,9 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         self.model.eval()
 
     def __call__(self, inputs, *args, **kwargs):
-        if isinstance(inputs, (list, tuple)) and not inputs:
+        if isinstance(inputs, tuple):  # to transformers a list alone is several
+            inputs = list(inputs)
+        if isinstance(inputs, list) and not inputs:
             return []
         # transformers knows datasets of torch alone; a column of one, or a stream, would be one recording to it.
         is_theirs = type(inputs).__module__.partition(".")[0] == "datasets" and not isinstance(inputs, dict)
@@ -226,9 +229,14 @@ class SpokenLanguageUnderstandingPipeline(ChunkPipeline):
         prompts = [self.processor.prompt_ids(n, ["sa"])[0] for n in lengths]
         return self.model.score_choices(prompts, choices, **audio).softmax(-1).tolist()
 
+    @cached_property
+    def _mean_embedding(self) -> torch.Tensor:
+        return mean_embedding(self.model.get_input_embeddings().weight)
+
     def _word_times(self, found: dict, speech: torch.Tensor) -> list[tuple[float, float]]:
         weights = self.model.get_input_embeddings().weight
-        spans = word_times(speech, found["text"].split(), self.processor.tokenizer, weights, SECONDS_PER_FRAME)
+        how = {"seconds_per_frame": SECONDS_PER_FRAME, "mean": self._mean_embedding}
+        spans = word_times(speech, found["text"].split(), self.processor.tokenizer, weights, **how)
         # The encoder's last step may end after the window.
         edges = [[min(found["start"] + edge, found["end"]) for edge in span] for span in spans]
         return [(round(start, 3), round(end, 3)) for start, end in edges]
@@ -305,11 +313,12 @@ def answer_settings(limits: list[int], constraint: LogitsProcessor | None = None
     """
     For `generate`: greedy, or what is `asked` for; each row's answer bounded by its own limit, in tokens, and kept to
     its grammar by what `SenseProcessor.constrain` makes, if that is given: after processors of the caller's own.
+    Stopping criteria of the caller's own come beside the limits.
     """
     config = asked.get("generation_config")
     settings: dict = {"do_sample": False, "max_new_tokens": max(limits)}
     settings = {name: value for name, value in settings.items() if getattr(config, name, None) is None}
-    settings |= {"stopping_criteria": [AnswerLimits(limits)], **asked}
+    settings |= {**asked, "stopping_criteria": [AnswerLimits(limits), *asked.get("stopping_criteria", ())]}
     if constraint is not None:
         settings["logits_processor"] = [*settings.get("logits_processor", ()), constraint]
     return settings

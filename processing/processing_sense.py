@@ -6,7 +6,9 @@ needed for resampling only.
 import copy
 import io
 import math
+import mmap
 import os
+import re
 import time
 import urllib.request
 from fractions import Fraction
@@ -23,6 +25,7 @@ from transformers import AddedToken, AutoFeatureExtractor, AutoTokenizer, BatchF
 from transformers.processing_utils import ProcessorMixin
 
 from .constrained import GrammarConstraint
+from .mp3 import with_length
 from .tasks import ENGLISH_RATE, TAG_SETS, TASKS
 
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 AUDIO_TOKEN = "<|audio|>"
 MAX_SECONDS = 30
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, in samples
+STREAMED = 0x7FFF0000  # from so many bytes on, a WAV's header says that nobody knew how long it would be
 # What a recording may ask of this machine, whatever its header says (docs/security.md).
 MAX_SAMPLE_RATE = 1_000_000  # Hz
 MAX_SAMPLES_PER_SECOND = 2_000_000  # of all channels together: 8 at 192 kHz, 40 at 48 kHz
@@ -163,9 +167,26 @@ def _open_file(source, name: str) -> soundfile.SoundFile:
         elif isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
         # A name's bytes as they are: not all are UTF-8.
-        return soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
+        file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
+        return _measured(file, source) if file.format == "MP3" else file
     except (soundfile.SoundFileError, TypeError, OSError, HTTPException) as error:
         raise ValueError(f"{name}: not readable as audio ({error}); give a WAV, FLAC, OGG or MP3 file") from error
+
+
+def _measured(file: soundfile.SoundFile, source) -> soundfile.SoundFile:
+    """An MP3 that was opened, or the same one opened anew where libsndfile was told another length than it has."""
+    if isinstance(source, str):
+        with open(source, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            mended = with_length(content, file.frames)
+    else:
+        position = source.seek(0, os.SEEK_CUR)
+        source.seek(0)
+        mended = with_length(source.read(), file.frames)
+        source.seek(position)
+    if mended is None:
+        return file
+    file.close()
+    return soundfile.SoundFile(io.BytesIO(mended))
 
 
 def _download(address: str) -> bytes:
@@ -186,6 +207,7 @@ def read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
     Raises:
         ValueError: some of them can't be read.
     """
+    check_whole(file, name)
     blocks = []
     with file:
         while len(block := read_block(file, BLOCK_SAMPLES, name)):
@@ -195,6 +217,15 @@ def read_file(file: soundfile.SoundFile, name: str) -> np.ndarray:
         missing = file.frames - len(samples)
         raise ValueError(f"{name}: corrupt, {missing} of its samples are missing; get the file again")
     return samples
+
+
+def check_whole(file: soundfile.SoundFile, name: str):
+    """Raises ValueError where a WAV's header tells of more bytes than there are. libsndfile reads what there is."""
+    told = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if told and int(told[2]) < int(told[1]) < STREAMED:
+        raise ValueError(
+            f"{name}: corrupt, {int(told[1]) - int(told[2])} bytes of its {told[1]} are missing; get the file again"
+        )
 
 
 def read_block(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
@@ -217,7 +248,9 @@ def _as_samples(audio, name: str) -> np.ndarray:
     if samples.dtype == np.int64:  # what lists of integers become
         raise ValueError(f"{name}: 64-bit integers, whose full scale nobody knows; give int16 or int32 PCM, or floats")
     if np.issubdtype(samples.dtype, np.signedinteger):  # PCM: full scale is 1.0
-        samples = samples / (np.iinfo(samples.dtype).max + 1.0)
+        samples = np.divide(samples, np.iinfo(samples.dtype).max + 1.0, dtype=np.float32)
+    elif samples.dtype == np.float16:  # its infinity is nearer than any limit
+        samples = samples.astype(np.float32)
     elif not np.issubdtype(samples.dtype, np.floating):
         raise ValueError(f"{name}: type {samples.dtype}; give floats or signed integers, a path, bytes or a file")
     if samples.ndim not in (1, 2):

@@ -84,7 +84,7 @@ def make_folder(folder: Path) -> bool:
 
 def write_text(path: Path, content: str):
     """Writes to a temporary name first: a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # nobody's own file
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 

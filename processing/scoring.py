@@ -4,6 +4,7 @@ import bisect
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import jiwer
 import numpy as np
@@ -207,18 +208,21 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) != 0)
 
 
-def bootstrap(counts: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> list[float]:
+@lru_cache(maxsize=1)
+def _draw(utterances: int) -> np.ndarray:
+    """How often each sample has each utterance, `(samples, utterances)`; of every system the same ones."""
+    return np.random.default_rng(0).multinomial(utterances, np.full(utterances, 1 / utterances), BOOTSTRAP_SAMPLES)
+
+
+def bootstrap(counts: np.ndarray, measure: Callable[[np.ndarray], np.ndarray]) -> list[float]:
     """
     95 % interval, in per cent, of a metric that is a function of sums over utterances.
 
     Args:
         counts: what each utterance adds to the sums, `(utterances, ...)`.
         measure: sums `(samples, ...)` -> metric `(samples,)`, from 0 to 1.
-        seed: of the resampling, the same for every system: its utterances are drawn alike.
     """
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=BOOTSTRAP_SAMPLES)
-    low, high = np.percentile(100 * measure(np.tensordot(drawn, counts, axes=1)), (2.5, 97.5))
+    low, high = np.percentile(100 * measure(np.tensordot(_draw(len(counts)), counts, axes=1)), (2.5, 97.5))
     return [float(low), float(high)]
 
 

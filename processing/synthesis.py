@@ -25,6 +25,7 @@ import torchaudio
 from tqdm.auto import tqdm
 
 from .grammar import GRAMMARS, SPLITS, sentences
+from .report import write_text
 
 
 RATE = 16000
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     if about.is_file() and json.loads(about.read_text()) != settings:
         raise ValueError(f"{args.folder} holds speech of other settings ({about}): name another folder or remove it")
     args.folder.mkdir(parents=True, exist_ok=True)
-    about.write_text(json.dumps(settings, indent=2) + "\n")
+    write_text(about, json.dumps(settings, indent=2) + "\n")
     for split in SPLITS:
         if not (args.folder / split).is_dir():  # what is there is whole: an interrupted run goes on after it
             write_split(args.folder / split, split, getattr(args, split), args)

@@ -175,7 +175,7 @@ def mix(
         seed: of the chances.
 
     Raises:
-        ValueError: a task has not one labelled row.
+        ValueError: a task has not one labelled row, or a weight by which none is shown.
     """
     rng, pairs = random.Random(seed), []
     for name, weight in weights.items():
@@ -186,7 +186,10 @@ def mix(
                 groups.setdefault(target if balance and tasks[name].classes else "", []).append(index)
         if not groups:
             raise ValueError(f"task {name!r}: not one of {len(rows)} rows has a label for it")
-        number = weight * sum(map(len, groups.values())) / len(groups)
+        labelled = sum(map(len, groups.values()))
+        number = weight * labelled / len(groups)
+        if not round(number):
+            raise ValueError(f"tasks: {name}: {weight} of {labelled} labelled rows is none; give a larger weight")
         for _, indices in sorted(groups.items()):
             repeats, rest = divmod(round(number), len(indices))
             pairs += [(index, name) for index in indices * repeats + sorted(rng.sample(indices, rest))]

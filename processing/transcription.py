@@ -17,17 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
 from modeling_sense.modeling_sense import load_safely
 
 from .annotation.runner import Journal
+from .arguments import positive
 from .backbones import resolve_backbone
 from .processing_sense import load_audio
 from .report import write_text
 from .scoring import plain
-from .warm_start import whisper_language
+from .warm_start import knows_language, whisper_language
 
 
 # Of recordings; those that can't be read here are rejected by name, not passed over.
@@ -48,6 +50,10 @@ class WhisperDecoder:
         self.whisper = whisper.to(device).eval()
         self.extractor = AutoProcessor.from_pretrained(source, trust_remote_code=False).feature_extractor
         self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+    def knows(self, language: str | None) -> bool:
+        """Whether the checkpoint writes a language; another one it would take for English."""
+        return knows_language(self.whisper.generation_config, language)
 
     def __call__(
         self, clips: Sequence[np.ndarray], languages: Sequence[str | None], *, num_beams: int = 1
@@ -99,12 +105,13 @@ def transcribe(args) -> dict[str, int]:
     if (args.output / "metadata.jsonl").exists():
         raise ValueError(f"{args.output} holds a metadata.jsonl: choose another --output, or delete it")
     recordings = find_recordings(args.recordings)
-    args.output.mkdir(parents=True, exist_ok=True)
+    decoder = WhisperDecoder(resolve_backbone(args.whisper), args.device)
+    if not decoder.knows(args.language):
+        raise ValueError(f"--language {args.language}: {args.whisper} does not know it; give a code such as de")
     run = {"whisper": args.whisper, "language": args.language, "recordings": str(args.recordings.resolve())}
     journal = Journal(args.output / "heard.jsonl", run)
     try:
         waiting = [name for name in recordings if name not in journal.answers]
-        decoder = WhisperDecoder(resolve_backbone(args.whisper), args.device)
         done = len(recordings) - len(waiting)
         with tqdm(total=len(recordings), initial=done, desc="transcribing", unit="clip") as bar:
             for start in range(0, len(waiting), args.batch_size):
@@ -144,12 +151,15 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--whisper", default="whisper-base", help="Hub id, folder or short name of a checkpoint")
     parser.add_argument("--language", help="spoken, such as de; default: en")
     parser.add_argument("--as_written", action="store_true", help="keep Whisper's capitals and marks")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=positive, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch_size: give 1 or more, found {args.batch_size}")
-    return transcribe(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.output / ".lock", timeout=0):
+            return transcribe(args)
+    except Timeout:
+        raise SystemExit(f"{args.output}: another processing.transcription is at work there") from None
 
 
 if __name__ == "__main__":

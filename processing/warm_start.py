@@ -177,9 +177,19 @@ def whisper_language(settings, language: str | None) -> str | None:
     """
     if not getattr(settings, "is_multilingual", False):
         return None
+    return language_code(language) if knows_language(settings, language) else "en"
+
+
+def language_code(language: str | None) -> str:
+    """Whisper's code of a language, `de` of `de-DE` or `German`; English by default."""
     name = (language or "en").strip().lower()
-    code = TO_LANGUAGE_CODE.get(name, name.replace("_", "-").split("-")[0])
-    return code if f"<|{code}|>" in settings.lang_to_id else "en"
+    return TO_LANGUAGE_CODE.get(name, name.replace("_", "-").split("-")[0])
+
+
+def knows_language(settings, language: str | None) -> bool:
+    """Whether a Whisper checkpoint with these generation settings writes a language."""
+    code = language_code(language)
+    return f"<|{code}|>" in settings.lang_to_id if getattr(settings, "is_multilingual", False) else code == "en"
 
 
 class WordAligner:

@@ -98,7 +98,7 @@ def train(folder: Path, fields: dict, args: argparse.Namespace):
         raise ValueError(f"{folder} was made with other settings (see its recipe.yaml): choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(recipe, made)
-    if not (folder / "metrics.json").is_file():
+    if not (folder / "config.json").is_file():  # the last of what train_sense.py writes
         launch(args, "train_sense.py", str(recipe))
 
 

@@ -99,6 +99,17 @@ def test_cells_are_scored_on_the_columns_that_they_learnt(tmp_path, monkeypatch)
     assert "--text_column" not in asked and asked[-2:] == ["--tasks", "asr"]
 
 
+def test_a_cell_that_was_not_written_to_its_end_is_trained_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "launch", lambda args, script, *options: asked.append(script))
+    args = SimpleNamespace(dataset_dir="DIR", num_processes=1)
+    (tmp_path / "metrics.json").touch()
+    ablation.train(tmp_path, {}, args)
+    (tmp_path / "config.json").touch()
+    ablation.train(tmp_path, {}, args)
+    assert asked == ["train_sense.py"]
+
+
 def test_another_split_is_scored_anew(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(ablation, "launch", lambda args, script, *options: asked.append(options))

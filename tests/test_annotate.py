@@ -246,7 +246,10 @@ def test_a_server_that_counts_more_than_estimated_is_believed(unlabelled, tmp_pa
     """Only the requests before the first answer can exceed the budget."""
     with ChatServer(ANSWERS, usage={"prompt_tokens": 900, "completion_tokens": 100}) as server:
         made = run(server, unlabelled, tmp_path / "out", "--max_tokens_total", "5500", "--concurrency", "1")
-    assert made["tokens"]["prompt"] + made["tokens"]["completion"] == 5000 and "5,000 tokens are" in made["stopped"]
+        assert made["tokens"]["prompt"] + made["tokens"]["completion"] == 5000
+        assert "5,000 tokens are" in made["stopped"]
+        again = run(server, unlabelled, tmp_path / "out", "--max_tokens_total", "5900", "--concurrency", "1")
+    assert again["tokens"] == made["tokens"] and sum(server.asked.values()) == 5  # it remembers
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": 5}, {"prompt_tokens": "1", "completion_tokens": None}])

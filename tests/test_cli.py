@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import typer
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -153,6 +155,36 @@ def test_subtitles_and_output_folder(saved, clips, tmp_path):
         assert len(read_vtt((out / f"{name}.vtt").read_text())) == len(read_srt((out / f"{name}.srt").read_text()))
         assert not (out / f"{name}.txt").read_text().startswith(clips[0])
     assert read_srt(sense("transcribe", "--model", saved, "--srt", clips[0]).stdout)
+
+
+def test_nobodys_file_is_lost(saved, clips, tmp_path):
+    (tmp_path / "one.tmp").write_text("mine")
+    (tmp_path / "two.srt").mkdir()  # can't be written over
+    found = sense("transcribe", "--model", saved, "--srt", "--output", tmp_path, *clips)
+    assert found.exit_code == 1 and f"error: {clips[1]}: {tmp_path / 'two.srt'} can't be written" in found.stderr
+    assert (tmp_path / "one.tmp").read_text() == "mine"
+    assert read_srt((tmp_path / "one.srt").read_text()) and read_srt((tmp_path / "three.srt").read_text())
+
+
+def test_a_pipe_is_heard_to_its_end(saved, clips, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.write_bytes(Path(clips[0]).read_bytes()), daemon=True).start()
+    found = sense("transcribe", "--model", saved, "--json", pipe)
+    true = json.loads(sense("transcribe", "--model", saved, "--json", clips[0]).stdout)
+    assert json.loads(found.stdout) == true | {"file": str(pipe)}
+
+
+def test_reference_of_a_recording_is_that_of_its_parts(clips):
+    folder = Path(clips[0]).parent
+    lines = [{"file_name": "one.wav", "text": text, "start_second": start} for text, start in (("b", 9), ("a", 0.5))]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sense_cli._texts_of.cache_clear()
+    assert sense_cli.what_was_said(Path(clips[0])) == "a b"
+    (folder / "metadata.jsonl").write_text('{"file_name": "one.wav", "normalized_text": "a b"}\n')
+    sense_cli._texts_of.cache_clear()
+    with pytest.raises(typer.BadParameter, match="with a column text"):
+        sense_cli.what_was_said(Path(clips[0]))
 
 
 def test_reference_is_what_was_said(saved, clips, tmp_path):

@@ -19,6 +19,7 @@ import soundfile
 from typer.testing import CliRunner
 
 import sense_cli
+from processing.hub import public_name
 from processing.pipeline_sense import SpokenLanguageUnderstandingPipeline
 from processing.subtitles import to_srt, to_vtt
 from processing.synthesis import Espeak, speak
@@ -90,7 +91,9 @@ def test_the_openai_client_is_answered(client, pipe):
     plain = {"return_entities": False, "return_sentiment": False}
     true = pipe(CLIP, return_timestamps="word", **plain)
     api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in api.models.list()] == [NAME]
+    assert [model.id for model in api.models.list()] == [NAME] == [api.models.retrieve(NAME).id]
+    with pytest.raises(openai.NotFoundError, match="other/model: there is no such model here"):
+        api.models.retrieve("other/model")
     create = api.audio.transcriptions.create
     asked = {"model": NAME, "file": ("a.wav", CLIP), "language": "en", "temperature": 0}
     assert create(**asked).text == true["text"]
@@ -531,4 +534,4 @@ def test_options_reach_the_server(saved, monkeypatch):
 def test_a_model_is_named_by_its_id_or_where_it_lies(model, name, tmp_path, monkeypatch):
     (tmp_path / "work/of/one").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert sense_cli._name_of(model) == name
+    assert public_name(model) == name

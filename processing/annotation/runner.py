@@ -95,8 +95,10 @@ class Journal:
         self._put(entry)
         self.answers[entry["key"]].append(entry)
 
-    def add(self, item: Item, attempt: int, reply: Reply):
-        self.write({"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, **asdict(reply)})
+    def add(self, item: Item, attempt: int, reply: Reply, estimate: int):
+        """Keeps a reply, with what was estimated for it: the next start bounds its spending by the same experience."""
+        entry = {"key": item.key, "split": item.split, "id": item.id, "attempt": attempt, "estimate": estimate}
+        self.write(entry | asdict(reply))
 
     def close(self):
         self.file.close()
@@ -185,7 +187,7 @@ class Run:
         self.stopped: Exception | None = None
         for entries in journal.answers.values():
             for entry in entries:
-                meter.add(entry["prompt_tokens"], entry["completion_tokens"])
+                meter.add(entry["prompt_tokens"], entry["completion_tokens"], entry.get("estimate", 0))
 
     @property
     def room(self) -> int | None:
@@ -291,7 +293,7 @@ class Run:
             finally:
                 self.meter.reserved -= reserved
             self.failed_in_a_row = self.refused_in_a_row = 0
-            self.journal.add(item, attempt, reply)
+            self.journal.add(item, attempt, reply, estimate)
             self.meter.add(reply.prompt_tokens, reply.completion_tokens, estimate)
             try:
                 self.task.read(reply.text)

@@ -14,7 +14,7 @@ from tests.hub_server import HubServer
 
 PROMPTS = {"asr": "Transcribe the speech.", "ner": "Tag the speech."}
 CODE = {"configuration_sense.py", "modeling_sense.py", "processing_sense.py"}
-CODE |= {"pipeline_sense.py", "alignment.py", "long_audio.py", "tasks.py", "quantization_sense.py"}
+CODE |= {"pipeline_sense.py", "alignment.py", "long_audio.py", "mp3.py", "tasks.py", "quantization_sense.py"}
 CODE |= {"constrained.py", "answer_grammar.py"}
 
 

@@ -308,6 +308,47 @@ def test_parquet_needs_no_torchcodec(hub_like, without_torchcodec):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_classes_are_their_names_and_other_columns_are_left_alone(hub_like, tmp_path, streaming, without_torchcodec):
+    folder, source = hub_like
+    rows = [dict(row) | {"language": 1, "sentiment": place} for row, place in zip(source, (2, None))]
+    rows = [row | {"noisy": row["sound"], "picture": {"bytes": b"none", "path": None}} for row in rows]
+    classes = {"language": ("en", "de"), "sentiment": ("negative", "neutral", "positive")}
+    features = {name: datasets.ClassLabel(names=list(names)) for name, names in classes.items()}
+    features |= {"sound": STORED_AUDIO, "noisy": STORED_AUDIO, "picture": STORED_AUDIO}
+    made = datasets.Dataset.from_list(rows, features=datasets.Features({**source.features, **features}))
+    made = made.cast_column("noisy", datasets.Audio(decode=False)).cast_column("picture", datasets.Image(decode=False))
+    made = made.cast_column("noisy", datasets.Audio()).cast_column("picture", datasets.Image())
+    made.to_parquet(folder / "test.parquet")
+    loaded = list(load_corpus(folder, "test", streaming=streaming, **COLUMNS))
+    check_hub_rows(loaded)
+    assert [(row["language"], row["sentiment"]) for row in loaded] == [("de", "Positive"), ("de", None)]
+
+
+def test_audio_in_any_column_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    content = wav(tone(0.5))
+    (tmp_path / "data" / "clips").mkdir(parents=True)
+    (tmp_path / "data" / "clips" / "a.wav").write_bytes(content)
+    for sound in (content, "clips/a.wav", {"bytes": None, "path": "clips/a.wav"}):
+        datasets.Dataset.from_list([{"sound": sound, "text": "anna"}]).to_parquet(tmp_path / "data" / "test.parquet")
+        rows = load_corpus(tmp_path / "data", "test", audio_column="sound")
+        assert len(load_audio(rows[0]["audio"])) == 8000, sound
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch"])
+def test_saved_in_another_format(hub_like, tmp_path, format):
+    datasets.DatasetDict({"test": hub_like[1].with_format(format)}).save_to_disk(tmp_path / "saved")
+    check_hub_rows(load_corpus(tmp_path / "saved", "test", **COLUMNS))
+
+
+def test_few_rows_are_held_at_a_time(hub_like):
+    folder, source = hub_like
+    datasets.concatenate_datasets([source] * 75).to_parquet(folder / "test.parquet")
+    rows = load_corpus(folder, "test", **COLUMNS)
+    assert len(rows) == 150 and max(map(len, rows.data.column("audio").chunks)) <= 100
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_saved_to_disk(hub_like, tmp_path, streaming):
     datasets.DatasetDict({"test": hub_like[1]}).save_to_disk(tmp_path / "saved")
     check_hub_rows(list(load_corpus(tmp_path / "saved", "test", streaming=streaming, **COLUMNS)))

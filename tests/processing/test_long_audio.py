@@ -54,6 +54,9 @@ def test_a_truncated_file_names_where_it_ends(tmp_path):
     (tmp_path / "cut.flac").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
     with pytest.raises(ValueError, match="cut.flac"):
         list(blocks(tmp_path / "cut.flac"))
+    (tmp_path / "cut.wav").write_bytes(wav(tone(60))[:1_000_000])
+    with pytest.raises(ValueError, match="cut.wav: corrupt, 920044 bytes of its 1920000 are missing"):
+        list(blocks(tmp_path / "cut.wav"))
 
 
 # ------------------------------------------------------------------ windows

@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline
+from processing import SenseProcessor, SpokenLanguageUnderstandingPipeline, pipeline_sense
 from processing.long_audio import RATE
-from processing.pipeline_sense import TASK
+from processing.pipeline_sense import TASK, answer_settings
 from processing.tasks import SENTIMENTS, TASKS
 from tests.conftest import make_corpus, tone, wav
 from tests.local_server import LocalServer
@@ -151,10 +151,26 @@ def test_a_generation_config_counts(pipe, monkeypatch):
     assert seen[0]["stopping_criteria"][0].limits.tolist() == [5]
 
 
+def test_criteria_of_the_callers_own_come_beside_the_limits():
+    own = StoppingCriteria()
+    limits, second = answer_settings([5, 7], stopping_criteria=[own])["stopping_criteria"]
+    assert limits.limits.tolist() == [5, 7] and second is own
+
+
+def test_the_vocabulary_is_averaged_once(said, monkeypatch):
+    pipe, answers = said
+    answers[:] = ["anna left moscow"] * 3
+    pipe = SpokenLanguageUnderstandingPipeline(model=pipe.model, processor=pipe.processor)
+    seen = []
+    monkeypatch.setattr(pipeline_sense, "mean_embedding", lambda table: seen.append(table) or table.mean(0))
+    pipe([tone(0.8, seed=i) for i in range(3)], return_timestamps="word", return_sentiment=False)
+    assert len(seen) == 1
+
+
 def test_words_end_with_the_recording(said, monkeypatch):
     pipe, answers = said
     answers[:] = ["anna left moscow"]
-    monkeypatch.setattr("processing.pipeline_sense.word_times", lambda *_: [(0, 0.3), (0.3, 0.6), (0.6, 0.82)])
+    monkeypatch.setattr("processing.pipeline_sense.word_times", lambda *_, **how: [(0, 0.3), (0.3, 0.6), (0.6, 0.82)])
     found = pipe(tone(0.81), return_timestamps="word", return_sentiment=False)
     assert found["chunks"][-1]["timestamp"] == (0.6, 0.81) and found["duration"] == 0.81
 

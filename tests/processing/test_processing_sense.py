@@ -19,6 +19,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from processing import SenseProcessor, load_audio
 from processing.processing_sense import AUDIO_TOKEN, text_ids
+from tests import conftest
 from tests.conftest import tone
 
 
@@ -171,6 +172,17 @@ def test_file_cut_short(tmp_path):
         load_audio(path)
 
 
+@pytest.mark.parametrize("told", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFFFF])
+def test_a_wav_cut_short_and_one_whose_writer_did_not_know_its_length(tmp_path, told):
+    whole, path = conftest.wav(tone(4.0)), tmp_path / "cut.wav"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.wav: corrupt, 64022 bytes of its 128000 are missing"):
+        load_audio(path)
+    at = whole.index(b"data") + 4
+    path.write_bytes(whole[:at] + told.to_bytes(4, "little") + whole[at + 4 :])
+    assert len(load_audio(path)) == 64000
+
+
 def test_no_samples(tmp_path):
     path = tmp_path / "empty.wav"
     soundfile.write(path, np.zeros(0, np.float32), 16000)
@@ -187,6 +199,14 @@ def test_thirty_one_seconds(tmp_path):
         load_audio(path)
     with pytest.raises(ValueError, match=r"31.00 s of audio, the limit is 30 s"):
         load_audio(np.zeros(31 * 44100, np.float32), sampling_rate=44100)
+
+
+def test_half_precision_has_an_infinity_too():
+    clip = tone(0.5).astype(np.float16)
+    np.testing.assert_array_equal(load_audio(clip), clip.astype(np.float32))
+    clip[10] = np.inf
+    with pytest.raises(ValueError, match="1 of 8000 samples are NaN or infinite"):
+        load_audio(clip)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

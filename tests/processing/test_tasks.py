@@ -173,6 +173,8 @@ def test_mix_is_seeded_and_wants_labels():
     assert mix(ROWS, TASKS, weights, seed=1) == mix(ROWS, TASKS, weights, seed=1) != mix(ROWS, TASKS, weights, seed=2)
     with pytest.raises(ValueError, match="task 'sa': not one of 1 rows has a label for it"):
         mix(ROWS[-1:], TASKS, {"sa": 1})
+    with pytest.raises(ValueError, match="tasks: sa: 0.01 of 21 labelled rows is none; give a larger weight"):
+        mix(ROWS, TASKS, {"sa": 0.01})
 
 
 def test_answers_are_bounded_by_the_length_of_the_clip():

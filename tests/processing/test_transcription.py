@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from filelock import FileLock
 from transformers import WhisperFeatureExtractor
 
 from processing import transcription
 from processing.datasets import load_corpus
+from processing.warm_start import knows_language
 from tests.conftest import tone
 
 
@@ -37,6 +39,9 @@ def heard(monkeypatch):
     class Decoder:
         def __init__(self, source, device):
             pass
+
+        def knows(self, language):
+            return language in (None, "de")
 
         def __call__(self, clips, languages):
             lengths = [len(clip) // 1600 for clip in clips]
@@ -64,7 +69,7 @@ def test_a_split_to_train_on(recordings, heard, tmp_path):
     assert all("not readable as audio" in reasons[name] for name in ("broken.wav", "phone.m4a"))
     assert "30" in reasons["long.wav"]
     assert reasons["c.wav"] == "nothing was heard"  # marks alone
-    assert {path.name for path in out.iterdir()} == {"metadata.jsonl", "rejected.jsonl"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == {"metadata.jsonl", "rejected.jsonl"}
     with pytest.raises(ValueError, match="holds a metadata.jsonl: choose another --output"):
         run(recordings, out)
 
@@ -84,6 +89,23 @@ def test_it_goes_on_where_it_was_interrupted(recordings, heard, tmp_path):
         run(recordings, out, "--language", "de")
     said[10] = ten
     assert run(recordings, out)["heard"] == 2 and [length for length, _ in asked] == [5, 7, 10, 10]
+
+
+def test_a_language_that_whisper_does_not_know_is_not_taken_for_english(recordings, heard, tmp_path):
+    with pytest.raises(ValueError, match="--language deu: whisper-base does not know it"):
+        run(recordings, tmp_path / "out", "--language", "deu")
+    assert not heard[1] and not (tmp_path / "out" / "heard.jsonl").exists()
+    known = SimpleNamespace(is_multilingual=True, lang_to_id={"<|en|>": 1, "<|de|>": 2})
+    assert [knows_language(known, name) for name in (None, "de", "German", "de-AT", "deu")] == [True] * 4 + [False]
+    english = SimpleNamespace(is_multilingual=False)
+    assert knows_language(english, None) and knows_language(english, "en-US") and not knows_language(english, "de")
+
+
+def test_two_at_once_do_not_hear_the_same(recordings, heard, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(SystemExit, match="another processing.transcription"):
+        run(recordings, tmp_path / "out")
+    assert not heard[1]
 
 
 def test_folders_without_a_word(recordings, heard, tmp_path):
