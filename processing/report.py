@@ -150,12 +150,12 @@ def headlines_of(systems: dict[str, dict]) -> list[str]:
     return [key for key in HEADLINES if any(key in metrics for metrics in systems.values())]
 
 
-def score_cell(metrics: dict, key: str) -> str:
+def score_cell(metrics: dict, key: str, digits: int = 1) -> str:
     """A metric with its interval, if there are such."""
     if key not in metrics:
         return "-"
-    interval = metrics.get(f"{key}_interval")
-    return f"{metrics[key]:.1f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+    value, *interval = (f"{number:.{digits}f}" for number in (metrics[key], *(metrics.get(f"{key}_interval") or ())))
+    return value + (f" [{', '.join(interval)}]" if interval else "")
 
 
 def tag_table(per_tag: dict[str, dict]) -> tuple[list[str], list[list[str]]]:

@@ -19,14 +19,13 @@ from ..bad_rows import ON_BAD_ROW, BadRows
 from ..datasets import load_corpus, read_json_lines
 from ..metrics.slue_ner.slue_ner import count_matches
 from ..page import Section, write_page
-from ..report import markdown_table, plot_quality, print_table, save_png, write_text
+from ..report import SCORES, markdown_table, plot_quality, print_table, save_png, score_cell, write_text
 from ..scoring import bootstrap, ratio, score_sa, sentiment_cells
 from ..tasks import SENTIMENTS, TAG_SETS, Answer, phrases
 from .filters import filter_entities, filter_phrases, filter_tags, plain_words
 
 
 Pairs = list[list[str]]  # [tag, phrase]
-METRICS = ("precision", "recall", "f1", "label_f1")
 FILTERS = ("none", "1: phrase in the transcript", "2: tag in the set", "both")
 OTHER = "other"  # tags outside the set, where no filter drops them
 
@@ -229,7 +228,7 @@ def tables_of(found: dict, task: str) -> dict[str, tuple[list[str], list[list[st
     """By title, the headers and rows of the report's tables."""
     if task == "sentiment":
         keys = {"sa_f1": "macro F1, %", "sa_accuracy": "accuracy, %", "kappa": "Cohen's kappa"}
-        cells = [[title, _cell(found, key, 2 if key == "kappa" else 1)] for key, title in keys.items()]
+        cells = [[title, score_cell(found, key, 2 if key == "kappa" else 1)] for key, title in keys.items()]
         rows = [[name, *map(str, row)] for name, row in zip(SENTIMENTS, found["sa_confusion"])]
         worst = [[line["id"], line["text"], line["gold"], str(line["synthetic"])] for line in found["worst"][:20]]
         return {
@@ -237,7 +236,7 @@ def tables_of(found: dict, task: str) -> dict[str, tuple[list[str], list[list[st
             "Gold (rows) and synthetic (columns)": (["", *SENTIMENTS, "no class"], rows),
             "Disagreements": (["id", "text", "gold", "synthetic"], worst),
         }
-    headers = ["given", "true", "precision", "recall", "F1", "label-F1"]
+    headers = ["given", "true", *SCORES.values()]
     by_filter = [[name, *_score_cells(scores["all"])] for name, scores in found["filters"].items()]
     by_tag = [[tag, *_score_cells(scores)] for tag, scores in found["filters"]["both"].items() if tag != "all"]
     names = [*found["tags"], "none"]
@@ -255,14 +254,7 @@ def tables_of(found: dict, task: str) -> dict[str, tuple[list[str], list[list[st
 
 
 def _score_cells(scores: dict) -> list[str]:
-    return [str(scores["given"]), str(scores["true"]), *(_cell(scores, name) for name in METRICS)]
-
-
-def _cell(scores: dict, name: str, digits: int = 1) -> str:
-    if f"{name}_interval" not in scores:
-        return f"{scores[name]:.{digits}f}"
-    low, high = scores[f"{name}_interval"]
-    return f"{scores[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return [str(scores["given"]), str(scores["true"]), *(score_cell(scores, name) for name in SCORES)]
 
 
 def _listed(pairs: Sequence[Sequence[str]]) -> str:
