@@ -47,12 +47,14 @@ reproduce: $(VENV)/installed
 	    --seed $(SEED) --output_dir $(MINI)/1_asr_ner
 	$(TWICE) train_sense.py recipes/sense_mini/2_asr_ner_sa.yaml --dataset_dir $(DATASET) \
 	    --seed $(SEED) --output_dir $(MINI)/2_asr_ner_sa --init_from $(MINI)/1_asr_ner
-	$(TWICE) eval_sense.py --model $(MINI)/2_asr_ner_sa --dataset $(DATASET) --split dev --text_column normalized_text \
+	$(TWICE) train_sense.py recipes/sense_mini/3_asr_ner_sa.yaml --dataset_dir $(DATASET) \
+	    --seed $(SEED) --output_dir $(MINI)/3_asr_ner_sa --init_from $(MINI)/2_asr_ner_sa
+	$(TWICE) eval_sense.py --model $(MINI)/3_asr_ner_sa --dataset $(DATASET) --split dev --text_column normalized_text \
 	    --tasks asr ner sa --shuffled_control --output_dir $(MINI)/dev
-	$(TWICE) eval_sense.py --model $(MINI)/2_asr_ner_sa --dataset $(DATASET) --split test --text_column normalized_text \
+	$(TWICE) eval_sense.py --model $(MINI)/3_asr_ner_sa --dataset $(DATASET) --split test --text_column normalized_text \
 	    --tasks asr ner sa --controls cascade gold majority --output_dir $(MINI)/test
 	rm -rf $(MINI)/sense-mini
-	$(BIN)/sense export $(MINI)/2_asr_ner_sa $(MINI)/sense-mini --adapter-only --license apache-2.0 --language en \
+	$(BIN)/sense export $(MINI)/3_asr_ner_sa $(MINI)/sense-mini --adapter-only --license apache-2.0 --language en \
 	    --notes recipes/sense_mini/about.md --metrics $(MINI)/dev/metrics.json --metrics $(MINI)/test/metrics.json
 
 # A process of one thread on each core: the models of the tests are too small to share one out.

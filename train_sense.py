@@ -40,7 +40,7 @@ from processing.collator import SenseCollator, tag_weights
 from processing.controls import SpacyTagger
 from processing.datasets import first_rows, load_corpus, read_stream
 from processing.encoder_cache import build_cache
-from processing.hub import CARD, start_processes
+from processing.hub import CARD, shipped, start_processes
 from processing.model_card import make_card, record_training
 from processing.questions import (
     EpochSampler,
@@ -606,6 +606,7 @@ def write_output(folder: Path, model, processor, metrics: dict, state, recipe: d
 def main(argv: list[str] | None = None) -> dict:
     start_processes()
     args, training = parse_recipe(sys.argv[1:] if argv is None else argv)
+    args.init_from = args.init_from and str(shipped(args.init_from))
     refuse_zero3()
     if args.streaming:
         require_stream_settings(training)

@@ -58,7 +58,7 @@ class SenseArguments:
         default=None, metadata={"help": "of the adapter; default: learning_rate"}
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "go on from this stage: output folder or checkpoint"}
+        default=None, metadata={"help": "go on from this stage: output folder or checkpoint; or sense-mini"}
     )
 
     # Mappings in a recipe, JSON on the command line: to HfArgumentParser they are strings.

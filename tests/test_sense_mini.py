@@ -37,7 +37,7 @@ def test_it_names_backbones_that_are_the_same_everywhere():
 
 
 def test_it_answers_as_its_recipe_asked():
-    recipe = Path(find_recipe("sense_mini/2_asr_ner_sa")).read_text()
+    recipe = Path(find_recipe("sense_mini/3_asr_ner_sa")).read_text()
     prompts = SenseProcessor.from_pretrained(FOLDER).prompts
     assert set(prompts) == {"asr", "ner", "sa"} and all(f"{name}: {text}" in recipe for name, text in prompts.items())
 
@@ -47,7 +47,8 @@ def test_another_seed_has_a_folder_of_its_own():
     for seed, folder in (("0", "outputs/sense_mini"), ("1", "outputs/sense_mini_seed1")):
         asked = ["make", "--dry-run", "reproduce", "DATASET=DIR", f"SEED={seed}"]
         said = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        assert said.count(f"--seed {seed} --output_dir {folder}/") == 2 and f"--init_from {folder}/1_asr_ner" in said
+        assert said.count(f"--seed {seed} --output_dir {folder}/") == 3
+        assert f"--init_from {folder}/1_asr_ner" in said and f"--init_from {folder}/2_asr_ner_sa" in said
         assert set(re.findall(r"outputs/\w+", said)) == {folder}
 
 

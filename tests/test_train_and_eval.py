@@ -177,6 +177,19 @@ def test_the_card_tells_how_a_model_was_trained_and_scored(recipe, corpus, tmp_p
     assert checkpoint["wer"] == whole["wer"]
 
 
+def test_it_goes_on_from_the_checkpoint_that_comes_with_the_package(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("processing.hub.CHECKPOINTS", tmp_path / "checkpoints")
+    lora = {"lora_r": 2}
+    train_sense.main([recipe(output_dir="one", **lora), "--max_steps", "2"])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "one" / "checkpoint-2").rename(tmp_path / "checkpoints" / "sense-mini")
+    still = ["--max_steps", "1", "--learning_rate", "0", "--init_from", "sense-mini"]
+    train_sense.main([recipe(output_dir="two", **lora), *still])
+    one, two = (load_checkpoint(name)[0].trained_state_dict() for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_training_without_a_cache_and_without_warm_start(recipe, tmp_path, strategy):
     train_sense.main([recipe(warm_start=False, train_sampling_strategy=strategy), "--max_steps", "2"])
