@@ -322,7 +322,7 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     names = {name: kind for name, kind in (source.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
 
     def convert(row: dict, index: int) -> dict:
-        row = {**row, **{name: kind.int2str(row[name]) for name, kind in names.items() if row[name] is not None}}
+        row = {**row, **{name: _class_name(kind, row[name]) for name, kind in names.items()}}
         given = _as_audio(row[columns["audio"]], folder)
         name = Path(given["path"]).stem if given["path"] else f"{split}-{index}"
         # Rows of a stream come in another order each epoch: what is in one tells it from the others.
@@ -342,6 +342,11 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
     how = {"load_from_cache_file": not PartialState().is_main_process, "writer_batch_size": 100}
     how = {} if streaming else how
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED, **how)
+
+
+def _class_name(kind: datasets.ClassLabel, value: int | None) -> str | None:
+    """A class by its name; None where the row has none, which is -1 to many datasets."""
+    return None if value is None or value < 0 else kind.int2str(value)
 
 
 def _as_audio(given: dict | str | bytes | None, folder: Path | None = None) -> dict:

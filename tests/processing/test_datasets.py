@@ -310,7 +310,7 @@ def test_parquet_needs_no_torchcodec(hub_like, without_torchcodec):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_classes_are_their_names_and_other_columns_are_left_alone(hub_like, tmp_path, streaming, without_torchcodec):
     folder, source = hub_like
-    rows = [dict(row) | {"language": 1, "sentiment": place} for row, place in zip(source, (2, None))]
+    rows = [dict(row) | {"language": 1, "sentiment": place} for row, place in zip(source, (2, -1))]
     rows = [row | {"noisy": row["sound"], "picture": {"bytes": b"none", "path": None}} for row in rows]
     classes = {"language": ("en", "de"), "sentiment": ("negative", "neutral", "positive")}
     features = {name: datasets.ClassLabel(names=list(names)) for name, names in classes.items()}
