@@ -21,7 +21,6 @@ import re
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from processing.annotation.annotators import (
@@ -36,7 +35,7 @@ from processing.annotation.fewshot import Retriever, count_groups, fit, select_e
 from processing.annotation.output import write_dataset
 from processing.annotation.prompting import ANNOTATIONS, FRAME, EntityAnnotation, SentimentAnnotation
 from processing.annotation.quality import compare
-from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items
+from processing.annotation.runner import BudgetSpent, Journal, Meter, Run, make_items, only_one
 from processing.arguments import positive
 from processing.backbones import resolve_backbone
 from processing.bad_rows import BAD_ROWS, ON_BAD_ROW, BadRows
@@ -303,12 +302,8 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
     args = parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(args.output / ".lock", timeout=0):
-            return annotate(args)
-    except Timeout:
-        raise SystemExit(f"{args.output}: another annotate_sense.py is at work there") from None
+    with only_one(args.output, "annotate_sense.py"):
+        return annotate(args)
 
 
 if __name__ == "__main__":

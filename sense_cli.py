@@ -212,12 +212,12 @@ def serve(
     api_key = os.environ.get(api_key_env) if api_key_env else None
     if api_key_env and not api_key:
         raise typer.BadParameter(f"the environment variable {api_key_env} is not set", param_hint="--api-key-env")
-    from processing.hub import public_name
-
     try:
         from serve import Server, Service
     except ModuleNotFoundError as error:
         _fail(f"the server needs {error.name}: pip install 'sense-asr[serve]'")
+    from processing.hub import public_name
+
     pipe = _load(model, device, dtype, quantize, "serve")
     limits = {"max_batch": max_batch, "max_wait": max_wait_ms / 1000, "max_queue": max_queue}
     limits |= {"max_upload": int(max_upload_mb * 1e6), "max_seconds": 60 * max_minutes}

@@ -339,8 +339,8 @@ def _load_with_datasets(dataset, split: str, columns: dict, config_name: str | N
         source = source.cast_column(columns["audio"], datasets.Audio(decode=False))
     # The main process looks at the rows' files each time, and leaves what it found where the others find it.
     # Few rows at a time: an array of arrow holds 2 GB, which a thousand clips may be more than.
-    how = {"load_from_cache_file": not PartialState().is_main_process, "writer_batch_size": 100}
-    how = {} if streaming else how
+    is_main = PartialState().is_main_process
+    how = {} if streaming else {"load_from_cache_file": not is_main, "writer_batch_size": 100}
     return source.map(convert, with_indices=True, remove_columns=present, features=NOTED, **how)
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
 from modeling_sense.modeling_sense import load_safely
 
-from .annotation.runner import Journal
+from .annotation.runner import Journal, only_one
 from .arguments import positive
 from .backbones import resolve_backbone
 from .processing_sense import load_audio
@@ -154,12 +153,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--batch_size", type=positive, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(args.output / ".lock", timeout=0):
-            return transcribe(args)
-    except Timeout:
-        raise SystemExit(f"{args.output}: another processing.transcription is at work there") from None
+    with only_one(args.output, "processing.transcription"):
+        return transcribe(args)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .annotators import FatalError, NoAnswer, Refused, Reply, Request
@@ -46,6 +48,17 @@ def make_items(split: str, rows: datasets.Dataset) -> list[Item]:
         seen[same] += 1
         items.append(Item(hashlib.sha256(named.encode()).hexdigest()[:20], split, row["id"], row["text"]))
     return items
+
+
+@contextmanager
+def only_one(folder: Path, command: str) -> Iterator[None]:
+    """Makes a folder and keeps it for this process. Raises SystemExit where another `command` is at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SystemExit(f"{folder}: another {command} is at work there") from None
 
 
 class Journal:
